@@ -99,7 +99,11 @@ class _AnyKerasCallback(tf.keras.callbacks.Callback):  # type: ignore[misc]
         return copy.copy(self)
 
     def _verbose(self) -> int:
-        return int((self.params or {}).get("verbose") or 0)
+        return int(self._params().get("verbose") or 0)
+
+    def _params(self) -> dict[str, Any]:
+        """Returns what `fit` told its callbacks; nothing where they run without it."""
+        return getattr(self, "params", None) or {}
 
 
 class KerasMetricCallback(_AnyKerasCallback):
@@ -217,11 +221,13 @@ class KerasMetricCallback(_AnyKerasCallback):
     def _predict_step(self) -> Callable[[Any], Any]:
         """Returns the function from an element to predictions, kept from epoch to epoch for one model."""
         if self._predictor is None or self._predictor[0] is not self.model:
-            model, label_cols = self.model, self.label_cols
+            model, spec = self.model, self.eval_dataset.element_spec
             if self.predict_with_generate:
-                step = generation_step(model, label_cols, self.use_xla_generation, self.generate_kwargs)
+                step = generation_step(
+                    model, spec, self.label_cols, self.use_xla_generation, self.generate_kwargs
+                )
             else:
-                step = prediction_step(model, label_cols)
+                step = prediction_step(model, spec, self.label_cols)
             self._predictor = model, lambda element: keep_outputs(model, step(element), self.output_cols)
         return self._predictor[1]
 
@@ -324,11 +330,12 @@ class PushToHubCallback(_AnyKerasCallback):
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Saves when `save_steps` more batches are done."""
         # Keras 3 reports the last, shorter execution of several steps as if it were a full one.
-        steps = (self.params or {}).get("steps")
+        steps = self._params().get("steps")
         before = self._batches_before_epoch + self._batches_in_epoch
         self._batches_in_epoch = min(batch + 1, steps or batch + 1)
         done = self._batches_before_epoch + self._batches_in_epoch
-        if self.save_strategy == IntervalStrategy.STEPS and done // self.save_steps > before // self.save_steps:
+        every = self.save_steps if self.save_strategy == IntervalStrategy.STEPS else None
+        if every and done // every > before // every:
             self._save_and_push(f"Training in progress, step {done}")
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
@@ -399,7 +406,7 @@ class PushToHubCallback(_AnyKerasCallback):
         try:
             if existing.exists() and CARD_MARK not in existing.read_text("utf-8", errors="replace"):
                 return
-            card = model_card(self.model, self.hub_model_id, self._rows, self.params or {}, self.model_card_args)
+            card = model_card(self.model, self.hub_model_id, self._rows, self._params(), self.model_card_args)
             (folder / CARD).write_text(card, "utf-8")
         except Exception as error:
             logger.warning("No model card was written: %s: %s", type(error).__name__, error)
@@ -568,8 +575,8 @@ def as_slices(data: Any) -> Any:
 def split_element(element: Any) -> tuple[Any, Any]:
     """Returns the inputs and labels of a data set's element or of its spec; labels are None where there are none."""
     inputs, labels, *_ = (*element, None) if isinstance(element, tuple) else (element, None)
-    absent = getattr(labels, "value_type", None) is type(None)  # the spec that tf.data has for None
-    return inputs, None if absent else labels
+    is_spec_of_none = isinstance(labels, tf.TypeSpec) and not hasattr(labels, "shape")
+    return inputs, None if is_spec_of_none else labels
 
 
 def columns_of(element: Any) -> dict[str, Any]:
@@ -631,35 +638,47 @@ def pick_labels(element: Any, names: list[str] | None) -> Any:
     return columns[names[0]] if len(names) == 1 else {name: columns[name] for name in names} or None
 
 
-def model_inputs(model: Any, element: Any, label_cols: list[str] | None) -> Any:
-    """Returns what the model is to see of an element.
+def input_columns(model: Any, spec: Any, label_cols: list[str] | None) -> list[str] | None:
+    """Decides which columns the model is to see; None stands for the inputs as they are, which have no columns.
 
     Label columns reach only a model that takes them by name. A functional model gets just the columns
     that it has inputs for: Keras 3 matches the sorted columns to the inputs by position, and would take
     a label column of the right shape for an input.
     """
-    inputs, labels = split_element(element)
+    inputs, labels = split_element(spec)
     if is_transformers(model):
         takes = inspect.signature(model.call).parameters
-        columns = dict(inputs) if isinstance(inputs, Mapping) else {model.main_input_name: inputs}
-        if {"labels", "decoder_input_ids"} <= takes.keys() and labels is not None:
-            # An encoder-decoder that is given labels but no decoder inputs makes these from the labels.
-            columns = {**(labels if isinstance(labels, Mapping) else {"labels": labels}), **columns}
-        named = {name: column for name, column in columns.items() if name in takes}
-        return named if named.keys() != {model.main_input_name} or isinstance(inputs, Mapping) else inputs
+        names = [name for name in takes if isinstance(inputs, Mapping) and name in inputs]
+        # An encoder-decoder that is given labels but no decoder inputs makes these from the labels.
+        if {"labels", "decoder_input_ids"} <= takes.keys() and "decoder_input_ids" not in names and labels is not None:
+            names = [*(names or [model.main_input_name]), "labels"]
+        return names or None
     if not isinstance(inputs, Mapping):
+        return None
+    names = functional_names(model.input if hasattr(model, "input") else None)
+    if names and inputs.keys() >= set(names):
+        return names
+    return [name for name in inputs if name not in (label_cols or [])]
+
+
+def pick_inputs(model: Any, element: Any, names: list[str] | None) -> Any:
+    """Returns what the model is to see of an element: the columns of these names, or the inputs as they are."""
+    inputs, labels = split_element(element)
+    if names is None:
         return inputs
-    names = functional_names(getattr(model, "input", None) if hasattr(model, "input") else None)
-    if names and names <= inputs.keys():
-        return {name: column for name, column in inputs.items() if name in names}
-    return {name: column for name, column in inputs.items() if name not in (label_cols or [])}
+    columns = columns_of(element)
+    if not isinstance(inputs, Mapping):
+        columns[model.main_input_name] = inputs
+    if not isinstance(labels, Mapping):
+        columns.setdefault("labels", labels)
+    return {name: columns[name] for name in names}
 
 
-def functional_names(symbolic: Any) -> set[str]:
-    """Returns the names of a functional model's inputs or outputs; none where the model is not functional."""
+def functional_names(symbolic: Any) -> list[str]:
+    """Returns the names of a functional model's inputs; none where the model is not functional."""
     if isinstance(symbolic, Mapping):
-        return set(symbolic)
-    return {tensor.name for tensor in tf.nest.flatten(symbolic) if tensor is not None}
+        return list(symbolic)
+    return [tensor.name for tensor in tf.nest.flatten(symbolic) if tensor is not None]
 
 
 def is_transformers(model: Any) -> bool:
@@ -672,19 +691,17 @@ def is_transformers(model: Any) -> bool:
 # ---------------------------------------------------------------------------------------------
 
 
-def prediction_step(model: Any, label_cols: list[str] | None) -> Callable[[Any], Any]:
+def prediction_step(model: Any, spec: Any, label_cols: list[str] | None) -> Callable[[Any], Any]:
     """Returns the function from an element of the data set to the model's outputs."""
-    keras = keras_of(model)
+    names = input_columns(model, spec, label_cols)
     if not is_tensorflow(model) or overrides(model, "predict_on_batch"):
         # KerasHub's models preprocess there. JAX and PyTorch want arrays, text stays TensorFlow's.
-        return lambda element: model.predict_on_batch(to_backend(keras, model_inputs(model, element, label_cols)))
-
-    def step(element: Any) -> Any:
-        return model.predict_step((model_inputs(model, element, label_cols),))
-
+        return lambda element: model.predict_on_batch(to_backend(model, pick_inputs(model, element, names)))
     # The model's own step, compiled once: predict_on_batch of tf_keras builds a data set for every batch
     # (5 ms a call instead of 0.5), that of Keras 3 returns rows once per replica under MirroredStrategy.
-    return step if getattr(model, "run_eagerly", False) else tf.function(step, reduce_retracing=True)
+    eager = getattr(model, "run_eagerly", False)
+    step = model.predict_step if eager else tf.function(model.predict_step, reduce_retracing=True)
+    return lambda element: step((pick_inputs(model, element, names),))
 
 
 def is_tensorflow(model: Any) -> bool:
@@ -697,9 +714,9 @@ def overrides(model: Any, method: str) -> bool:
     return getattr(type(model), method).__module__.partition(".")[0] not in ("keras", "tf_keras")
 
 
-def to_backend(keras: Any, inputs: Any) -> Any:
-    """Returns the inputs as a backend of Keras takes them: NumPy arrays but for TensorFlow; text as it is."""
-    if keras.backend.backend() == "tensorflow":
+def to_backend(model: Any, inputs: Any) -> Any:
+    """Returns the inputs as the model's backend takes them: NumPy arrays but for TensorFlow; text as it is."""
+    if is_tensorflow(model):
         return inputs
     return tf.nest.map_structure(lambda leaf: leaf if leaf.dtype == tf.string else leaf.numpy(), inputs)
 
@@ -759,10 +776,13 @@ def as_metrics(result: Any) -> dict[str, Any]:
 def plain_number(value: Any) -> int | float | None:
     """Returns a Python number for a number, a NumPy scalar or a 0-d array or tensor, and None for all else."""
     try:
+        value = value.numpy() if tf.is_tensor(value) else value
         number = value.item() if hasattr(value, "item") else np.asarray(value).item()
+        if np.ndim(value) > 0 or isinstance(number, (str, bytes)):
+            return None
+        return number if isinstance(number, (int, float)) else float(number)  # such as bfloat16
     except (TypeError, ValueError, RuntimeError):
         return None
-    return number if np.ndim(value) == 0 and isinstance(number, (int, float)) else None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -775,6 +795,8 @@ def to_arrays(batch: Any) -> Any:
 
     Ragged tensors are padded at the end of their rows, a scalar becomes an array of one value.
     """
+    if isinstance(batch, tf.Tensor):
+        return np.atleast_1d(batch.numpy())
     if batch is None:
         return None
     if isinstance(batch, Mapping):
@@ -789,8 +811,8 @@ def to_arrays(batch: Any) -> Any:
         batch = batch.with_flat_values(values.astype(dtype))
         return batch.to_tensor(filler(dtype, PADDING)).numpy()
     if isinstance(batch, tf.SparseTensor):
-        batch = tf.sparse.to_dense(batch)
-    return np.atleast_1d(batch.numpy() if tf.is_tensor(batch) else np.asarray(batch))
+        return tf.sparse.to_dense(batch).numpy()
+    return np.atleast_1d(np.asarray(batch))
 
 
 def join_batches(batches: list[Any], padding: int) -> Any:
@@ -840,7 +862,8 @@ def join_arrays(arrays: list[np.ndarray[Any, Any]], padding: int) -> np.ndarray[
         block = joined[end - len(array) : end]
         inside = tuple(slice(size) for size in array.shape)
         block[inside] = array
-        for axis in range(1, array.ndim):  # what lies beyond the array on this axis, once
+        short = [axis for axis in range(1, array.ndim) if array.shape[axis] < joined.shape[axis]]
+        for axis in short:  # what lies beyond the array on this axis, written once
             block[(*inside[:axis], slice(array.shape[axis], None))] = filler(dtype, padding)
         end -= len(array)
     return joined
@@ -885,42 +908,37 @@ def check_generation(model: Any, inputs_spec: Any, use_xla: bool) -> None:
 
 
 def generation_step(
-    model: Any, label_cols: list[str] | None, use_xla: bool, generate_kwargs: dict[str, Any]
+    model: Any, spec: Any, label_cols: list[str] | None, use_xla: bool, generate_kwargs: dict[str, Any]
 ) -> Callable[[Any], Any]:
     """Returns the function from an element of the data set to what the model generates."""
+    main, others = generation_columns(model, split_element(spec)[0], label_cols)
+
+    def generate(inputs: Any, columns: dict[str, Any]) -> Any:
+        return model.generate(inputs, **columns, **generate_kwargs)
+
+    run = xla_generate(generate) if use_xla and is_transformers(model) else generate
+
+    def step(element: Any) -> Any:
+        inputs, _ = split_element(element)
+        if not isinstance(inputs, Mapping):
+            return run(to_backend(model, inputs[0] if isinstance(inputs, tuple) else inputs), {})
+        columns = {name: inputs[name] for name in others}
+        return run(inputs[main], columns) if main else run(to_backend(model, columns), {})
+
+    return step
+
+
+def generation_columns(model: Any, inputs_spec: Any, label_cols: list[str] | None) -> tuple[str | None, list[str]]:
+    """Returns the column that generation starts from, and those that go along by name.
+
+    Models of another library than transformers take the batch as it is: there the first is None.
+    """
+    names = [name for name in inputs_spec if name not in (label_cols or [])] if isinstance(inputs_spec, Mapping) else []
     if not is_transformers(model):
-        keras = keras_of(model)
-
-        def generate_own(element: Any) -> Any:
-            inputs, _ = split_element(element)
-            if isinstance(inputs, Mapping):
-                inputs = {name: column for name, column in inputs.items() if name not in (label_cols or [])}
-            return model.generate(to_backend(keras, first_part(inputs)), **generate_kwargs)
-
-        return generate_own
-
-    def generate(main: Any, others: dict[str, Any]) -> Any:
-        return model.generate(main, **others, **generate_kwargs)
-
-    run = xla_generate(generate) if use_xla else generate
-    return lambda element: run(*generation_inputs(model, split_element(element)[0], label_cols))
-
-
-def generation_inputs(model: Any, inputs: Any, label_cols: list[str] | None) -> tuple[Any, dict[str, Any]]:
-    """Returns the main input of `generate` and the other columns that go along by name."""
-    if not isinstance(inputs, Mapping):
-        return first_part(inputs), {}
+        return None, names
     main = main_input_name(model)
-    dropped = {main, "labels", *(label_cols or [])}
-    takes = inspect.signature(model.call).parameters.keys() - dropped
-    return inputs[main], {
-        name: column for name, column in inputs.items() if name in takes and not name.startswith("decoder_")
-    }
-
-
-def first_part(inputs: Any) -> Any:
-    """Returns the first of inputs that are a list or tuple, and others as they are."""
-    return inputs[0] if isinstance(inputs, (list, tuple)) else inputs
+    takes = inspect.signature(model.call).parameters.keys() - {main, "labels"}
+    return main, [name for name in names if name in takes and not name.startswith("decoder_")]
 
 
 def main_input_name(model: Any) -> str:
@@ -941,6 +959,9 @@ def xla_generate(generate: Callable[[Any, dict[str, Any]], Any]) -> Callable[[An
         nonlocal full
         size = int(main.shape[0])
         full = max(full, size)
+
+        if size == full:
+            return compiled(main, others)
 
         def fill(column: Any) -> Any:
             return tf.concat([column, tf.repeat(column[-1:], full - size, axis=0)], axis=0)
@@ -1409,7 +1430,7 @@ class Upload:
         self.repo.files = set(self.files)
         return commit
 
-    def _card_is_human(self, revision: str) -> bool:
+    def _card_is_human(self, revision: str | None) -> bool:
         """Returns whether the card on the Hub is not one that this module generated."""
         with tempfile.TemporaryDirectory() as folder:
             card = self.repo.api.hf_hub_download(self.repo.repo_id, CARD, revision=revision, cache_dir=folder)
@@ -1470,7 +1491,7 @@ def describe(error: BaseException) -> str:
 @contextlib.contextmanager
 def progress_bars(shown: bool) -> Iterator[None]:
     """Keeps huggingface_hub from drawing bars into Keras' own, unless the user's environment decides."""
-    utils = huggingface_hub.utils
+    utils: Any = huggingface_hub.utils
     decided = huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS is not None
     if shown or decided or utils.are_progress_bars_disabled():
         yield
@@ -1570,7 +1591,7 @@ def model_card(
     ]
     data = huggingface_hub.ModelCardData(
         language=names_in(facts.get("language")) or None,
-        license=(names_in(facts.get("license")) or [None])[0],
+        license=next(iter(names_in(facts.get("license"))), None),
         library_name=library,
         tags=list(dict.fromkeys([*names_in(facts.get("tags")), "generated_from_keras_callback"])),
         base_model=base,

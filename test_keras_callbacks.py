@@ -10,6 +10,7 @@ import collections
 import contextlib
 import copy
 import csv
+import functools
 import hashlib
 import http.server
 import importlib.util
@@ -406,6 +407,552 @@ def load(keras, folder):
 
 def no_model_leftovers(folder):
     return not list(folder.glob(".keras_callbacks-*"))
+
+
+class TestMetricFn:
+    """What metric_fn may be, what it receives and what it may return."""
+
+    DATA = tf.data.Dataset.from_tensor_slices((X, Y)).batch(8)
+
+    def test_two_arguments_get_predictions_and_labels(self, keras):
+        model = small_model(keras)
+        received = evaluate(model, self.DATA)
+        np.testing.assert_allclose(received.predictions, by_numpy(model), rtol=1e-5)
+        np.testing.assert_array_equal(received.labels, Y)
+        assert received.predictions.dtype == np.float32
+        assert received.labels.dtype == Y.dtype
+
+    @pytest.mark.parametrize(
+        "wrap",
+        [
+            lambda see: lambda pair: see(pair),
+            lambda see: lambda pair, tokenizer=None: see(pair),
+            lambda see: functools.partial(lambda pair, labels: see(pair), labels="bound"),
+        ],
+        ids=["one", "one and a default", "partial"],
+    )
+    def test_one_required_argument_gets_a_named_pair(self, wrap):
+        def see(pair):
+            predictions, labels = pair
+            assert predictions is pair.predictions
+            np.testing.assert_array_equal(labels, Y)
+            return {"examples": len(pair.label_ids)}
+
+        logs = {}
+        evaluate(small_model(lineages()[0]), self.DATA, metric_fn=wrap(see), logs=logs)
+        assert logs == {"examples": 22}
+
+    @pytest.mark.parametrize(
+        "metric_fn",
+        [lambda p, labels=None: {"n": len(labels)}, lambda p, l, k=1: {"n": len(l)}, lambda *both: {"n": len(both[1])}],
+        ids=["labels has a default", "a third has a default", "variadic"],
+    )
+    def test_these_get_two_arguments(self, metric_fn):
+        logs = {}
+        evaluate(small_model(lineages()[0]), self.DATA, metric_fn=metric_fn, logs=logs)
+        assert logs == {"n": 22}
+
+    @pytest.mark.parametrize(
+        "metric_fn", [None, {"accuracy": 1}, lambda: {}, lambda a, b, c: {}, lambda *, predictions, labels: {}]
+    )
+    def test_what_cannot_be_called_is_refused_at_construction(self, metric_fn):
+        with pytest.raises(TypeError, match="metric_fn must .* but received"):
+            KerasMetricCallback(metric_fn, self.DATA)
+
+    @pytest.mark.parametrize("result", [None, 0.5, [("f1", 0.5)]])
+    def test_anything_but_a_dict_is_refused_and_shown(self, result):
+        with pytest.raises(TypeError, match="must return a dict.*" + re.escape(repr(result))):
+            evaluate(small_model(lineages()[0]), self.DATA, metric_fn=lambda p, l: result)
+
+    @pytest.mark.parametrize("value", ["0.5", None, [1.0], np.ones(2), np.ones(1), 1j, {"f1": 1.0}])
+    def test_a_value_that_is_no_number_is_refused_by_its_key(self, value):
+        with pytest.raises(TypeError, match="'f1'"):
+            evaluate(small_model(lineages()[0]), self.DATA, metric_fn=lambda p, l: {"f1": value})
+
+    @pytest.mark.parametrize(
+        ("value", "expected"),
+        [
+            (np.float32(0.5), 0.5),
+            (np.array(3), 3),
+            (tf.constant(0.25), 0.25),
+            (np.bool_(True), True),
+            (tf.constant(0.5, tf.bfloat16), 0.5),
+            (7, 7),
+            (float("inf"), float("inf")),
+        ],
+    )
+    def test_values_become_plain_numbers(self, value, expected):
+        logs = {}
+        evaluate(small_model(lineages()[0]), self.DATA, metric_fn=lambda p, l: {"score": value}, logs=logs)
+        assert logs == {"score": expected}
+        assert type(logs["score"]) is type(expected)
+
+    def test_the_arrays_are_fresh_and_writable_at_every_call(self):
+        seen = []
+
+        def spoil(predictions, labels):
+            seen.append(labels.copy())
+            labels[:] = -100
+            predictions[:] = 0
+            return {}
+
+        callback = KerasMetricCallback(spoil, (X, Y), batch_size=32)
+        callback.set_model(small_model(lineages()[0]))
+        callback.on_epoch_end(0)
+        callback.on_epoch_end(1)
+        np.testing.assert_array_equal(seen, [Y, Y])
+
+
+class TestLogs:
+    def test_callbacks_listed_after_it_and_history_see_the_metrics(self, keras, tmp_path, monkeypatch):
+        falling = iter([0.9, 0.8, 0.7, 0.6])
+        callbacks = [
+            KerasMetricCallback(lambda p, l: {"f1": next(falling)}, (X, Y), batch_size=8),
+            keras.callbacks.EarlyStopping("f1", mode="max", patience=2),
+            keras.callbacks.CSVLogger(str(tmp_path / "log.csv")),
+            keras.callbacks.ModelCheckpoint(str(tmp_path / "{epoch}-{f1:.1f}.weights.h5"), save_weights_only=True),
+            pushing(tmp_path),
+        ]
+        model = small_model(keras)
+        history = model.fit(X, Y, epochs=9, verbose=0, callbacks=callbacks)
+        assert history.history["f1"] == [0.9, 0.8, 0.7]
+        with open(tmp_path / "log.csv") as file:
+            assert [row["f1"] for row in csv.DictReader(file)] == ["0.9", "0.8", "0.7"]
+        assert (tmp_path / "1-0.9.weights.h5").exists()
+        assert [row["f1"] for row in callbacks[-1].training_history] == [0.9, 0.8, 0.7]
+
+    def test_the_progress_bar_shows_the_metric(self, keras, capsys):
+        callback = KerasMetricCallback(lambda p, l: {"rouge": 0.4321}, (X, Y), batch_size=8)
+        small_model(keras).fit(X, Y, epochs=1, verbose=2, callbacks=[callback])
+        assert "rouge: 0.4321" in capsys.readouterr().out
+
+    def test_a_name_that_keras_logged_is_replaced_and_warned_of_once(self, keras, caplog):
+        callback = KerasMetricCallback(lambda p, l: {"accuracy": 2.0}, (X, Y), batch_size=8)
+        history = small_model(keras).fit(X, Y, epochs=3, verbose=0, callbacks=[callback])
+        assert history.history["accuracy"] == [2.0, 2.0, 2.0]
+        assert [r.getMessage() for r in caplog.records if r.name == "keras_callbacks"] == [
+            "metric_fn replaces ['accuracy'] in the logs of this epoch."
+        ]
+
+    def test_two_of_them_in_one_fit(self, keras):
+        callbacks = [
+            KerasMetricCallback(lambda p, l: {"first": len(p)}, (X, Y), batch_size=8),
+            KerasMetricCallback(lambda p, l: {"second": len(p)}, X[:5], batch_size=8),
+        ]
+        history = small_model(keras).fit(X, Y, verbose=0, callbacks=callbacks)
+        assert (history.history["first"], history.history["second"]) == ([22], [5])
+
+    def test_nothing_is_drawn_off_a_terminal(self, keras, capfd):
+        small_model(keras).fit(
+            X, Y, verbose=1, callbacks=[KerasMetricCallback(lambda p, l: {}, (X, Y), batch_size=1)]
+        )
+        assert "Evaluating" not in capfd.readouterr().err
+
+
+class TestEvalDataset:
+    @pytest.mark.parametrize(
+        "data",
+        [(X, Y), (X, Y, np.ones(22)), (tf.constant(X), tf.constant(Y))],
+        ids=["tuple", "with sample_weight", "tensors"],
+    )
+    def test_plain_data_is_batched(self, keras, data):
+        model = small_model(keras)
+        received = evaluate(model, data, batch_size=5)
+        np.testing.assert_allclose(received.predictions, by_numpy(model), rtol=1e-5)
+        np.testing.assert_array_equal(received.labels, Y)
+
+    @pytest.mark.parametrize("data", [X, tf.constant(X), (X,), (X, None)], ids=["array", "tensor", "one", "None"])
+    def test_data_without_labels_give_none(self, keras, data):
+        model = small_model(keras)
+        received = evaluate(model, data, batch_size=8)
+        np.testing.assert_allclose(received.predictions, by_numpy(model), rtol=1e-5)
+        assert received.labels is None
+
+    def test_a_data_set_is_read_once_an_epoch_whatever_its_order(self, keras):
+        passes = []
+
+        def shuffled():
+            passes.append(None)
+            order = np.random.default_rng(len(passes)).permutation(22)
+            for rows in np.array_split(order, 3):
+                yield X[rows], Y[rows]
+
+        spec = (tf.TensorSpec((None, 4)), tf.TensorSpec((None,), tf.int64))
+        dataset = tf.data.Dataset.from_generator(shuffled, output_signature=spec)
+        model = small_model(keras)
+        received = evaluate(model, dataset, batch_size=3)  # batch_size is ignored
+        assert len(passes) == 1
+        order = np.random.default_rng(1).permutation(22)
+        np.testing.assert_array_equal(received.labels, Y[order])
+        np.testing.assert_allclose(received.predictions, by_numpy(model, X[order]), rtol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("data", "batch_size", "error", "match"),
+        [
+            ((X, Y), None, ValueError, "batch_size must be a positive integer"),
+            (X, 0, ValueError, "batch_size must be .* received batch_size=0"),
+            (tf.data.Dataset.from_tensor_slices((X, Y)).batch(8).repeat(), None, ValueError, "must be finite"),
+            (tf.data.Dataset.from_tensor_slices((X, Y)), None, ValueError, "must be batched"),
+            (tf.data.Dataset.from_tensor_slices({"x": X, "labels": Y}), None, ValueError, "must be batched"),
+            ((X[:0], Y[:0]), 8, ValueError, "at least one"),
+            (tf.data.Dataset.from_tensor_slices((X, Y)).take(0), None, ValueError, "is empty"),
+            ((X, Y[:3]), 8, ValueError, r"received lengths \[22, 3\]"),
+            ([X, Y], 8, TypeError, "received list"),
+            ((X, Y, Y, Y), 8, ValueError, "have 4 parts"),
+        ],
+    )
+    def test_unusable_data_is_refused_at_construction(self, data, batch_size, error, match):
+        with pytest.raises(error, match=match):
+            KerasMetricCallback(lambda p, l: {}, data, batch_size=batch_size)
+
+    def test_a_data_set_that_turns_out_empty_says_so(self, keras):
+        dataset = tf.data.Dataset.from_tensor_slices((X, Y)).batch(8).filter(lambda x, y: False)
+        with pytest.raises(ValueError, match="gave none"):
+            evaluate(small_model(keras), dataset)
+
+
+class TestLabelColumns:
+    COLUMNS = {"ids": X, "labels": Y, "start_positions": Y + 10, "end_positions": Y + 20}
+
+    @staticmethod
+    def labels_of(data, **options):
+        """The labels that a model which ignores its inputs is evaluated with."""
+
+        class Constant(tf.keras.Model):
+            def call(self, inputs):
+                return tf.zeros((tf.shape(tf.nest.flatten(inputs)[0])[0], 2))
+
+        return evaluate(Constant(), data, batch_size=8, **options).labels
+
+    def test_the_column_labels_comes_first_and_the_guess_is_logged(self, caplog):
+        np.testing.assert_array_equal(self.labels_of(self.COLUMNS), Y)
+        assert [(r.name, r.levelname) for r in caplog.records] == [("keras_callbacks", "WARNING")]
+        assert "taking labels of eval_dataset" in caplog.text
+
+    def test_then_start_and_end_positions(self):
+        labels = self.labels_of({k: v for k, v in self.COLUMNS.items() if k != "labels"})
+        np.testing.assert_array_equal(labels["start_positions"], Y + 10)
+        np.testing.assert_array_equal(labels["end_positions"], Y + 20)
+        assert list(labels) == ["start_positions", "end_positions"]
+
+    def test_the_labels_of_a_tuple_win_and_nothing_is_guessed(self, caplog):
+        np.testing.assert_array_equal(self.labels_of((self.COLUMNS, Y + 1)), Y + 1)
+        assert not caplog.records
+
+    @pytest.mark.parametrize("wanted", ["end_positions", ["end_positions"]])
+    def test_one_wanted_column_is_bare(self, wanted):
+        np.testing.assert_array_equal(self.labels_of(self.COLUMNS, label_cols=wanted), Y + 20)
+
+    def test_wanted_columns_may_be_of_labels_that_are_a_dict(self):
+        labels = self.labels_of((X, {"a": Y, "b": Y + 1, "c": Y + 2}), label_cols=["c", "a"])
+        assert list(labels) == ["c", "a"]
+        np.testing.assert_array_equal(labels["c"], Y + 2)
+
+    def test_labels_that_are_a_dict_of_one_column_are_bare(self):
+        np.testing.assert_array_equal(self.labels_of((X, {"a": Y})), Y)
+
+    @pytest.mark.parametrize(
+        ("data", "wanted", "match"),
+        [
+            ({"ids": X, "label": Y}, None, r"set label_cols .* \['ids', 'label'\]"),
+            ({"ids": X, "labels": Y}, ["target"], r"has \['ids', 'labels'\], but received \['target'\]"),
+            ((X, Y), ["labels"], "no named columns"),
+        ],
+    )
+    def test_columns_that_cannot_be_found_are_refused_with_a_list(self, data, wanted, match):
+        with pytest.raises(ValueError, match=match):
+            KerasMetricCallback(lambda p, l: {}, data, batch_size=8, label_cols=wanted)
+
+    def test_a_functional_model_gets_just_the_columns_it_has_inputs_for(self, keras):
+        inputs = {name: keras.layers.Input((4,), name=name) for name in ("query", "reply")}
+        model = keras.Model(inputs, keras.layers.Subtract()([inputs["query"], inputs["reply"]]))
+        data = {"labels": X * 100, "query": X * 3, "reply": X}  # "labels" sorts first and has the right shape
+        received = evaluate(model, data, batch_size=8)
+        np.testing.assert_allclose(received.predictions, X * 3 - X, rtol=1e-6)
+        np.testing.assert_array_equal(received.labels, X * 100)
+
+    def test_a_functional_model_with_an_input_called_labels_gets_it(self, keras):
+        inputs = {name: keras.layers.Input((4,), name=name) for name in ("labels", "query")}
+        model = keras.Model(inputs, keras.layers.Add()([inputs["query"], inputs["labels"]]))
+        received = evaluate(model, {"labels": X, "query": X * 3}, batch_size=8)
+        np.testing.assert_allclose(received.predictions, X * 4, rtol=1e-6)
+
+
+class TestKindsOfModels:
+    """Outputs equal those of Keras' own predict, or NumPy written out."""
+
+    def test_several_inputs_and_outputs_in_any_nesting(self, keras):
+        one, two = keras.layers.Input((4,), name="one"), keras.layers.Input((4,), name="two")
+        total = keras.layers.Add()([one, two])
+        received = evaluate(keras.Model([one, two], [total, one]), ((X, X * 2), Y), batch_size=8)
+        np.testing.assert_allclose(received.predictions[0], X * 3, rtol=1e-6)
+        np.testing.assert_allclose(received.predictions[1], X, rtol=1e-6)
+        assert len(received.predictions) == 2
+
+    def test_outputs_by_name_and_output_cols(self, keras):
+        inputs = keras.layers.Input((4,))
+        outputs = {name: keras.layers.Rescaling(scale)(inputs) for name, scale in [("a", 2.0), ("b", 3.0), ("c", 4.0)]}
+        model = keras.Model(inputs, outputs)
+        everything = evaluate(model, (X, Y), batch_size=8).predictions
+        assert sorted(everything) == ["a", "b", "c"]
+        np.testing.assert_allclose(everything["c"], X * 4, rtol=1e-6)
+        np.testing.assert_allclose(evaluate(model, X, batch_size=8, output_cols="b").predictions, X * 3, rtol=1e-6)
+        assert list(evaluate(model, X, batch_size=8, output_cols=["c", "a"]).predictions) == ["c", "a"]
+
+    def test_an_unknown_output_is_refused_before_the_first_epoch(self, keras):
+        inputs = keras.layers.Input((4,))
+        model = keras.Model(inputs, {"a": keras.layers.Dense(1)(inputs)})
+        model.compile(loss="mse")
+        callback = KerasMetricCallback(lambda p, l: {}, (X, Y), batch_size=8, output_cols=["logits"])
+        before = model.get_weights()
+        with pytest.raises(ValueError, match=r"output_cols must .*\['a'\].*\['logits'\]"):
+            model.fit(X, {"a": Y}, verbose=0, callbacks=[callback])
+        np.testing.assert_array_equal(model.get_weights()[0], before[0])
+
+    def test_output_cols_of_a_model_without_names_are_refused(self, keras):
+        with pytest.raises(ValueError, match="needs a model that returns a dict"):
+            evaluate(small_model(keras), (X, Y), batch_size=8, output_cols=["logits"])
+
+    @pytest.mark.parametrize("compile_args", [{}, {"run_eagerly": True}, {"jit_compile": True}, {"steps_per_execution": 3}])
+    def test_compile_options_change_nothing(self, keras, compile_args):
+        model = small_model(keras, **compile_args)
+        received = []
+        callback = KerasMetricCallback(lambda p, l: received.append(p) or {}, (X, Y), batch_size=8)
+        model.fit(X, Y, batch_size=8, verbose=0, callbacks=[callback])
+        np.testing.assert_allclose(received[0], by_numpy(model), rtol=1e-5)
+
+    @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+    def test_mixed_precision_keeps_the_dtype_of_the_outputs(self, keras, policy):
+        keras.mixed_precision.set_global_policy(policy)
+        try:
+            model = small_model(keras, optimizer="sgd")
+        finally:
+            keras.mixed_precision.set_global_policy("float32")
+        received = evaluate(model, (X, Y), batch_size=8).predictions
+        expected = model.predict(X, verbose=0)
+        assert received.dtype == expected.dtype
+        np.testing.assert_array_equal(received.astype("f4"), expected.astype("f4"))
+
+    def test_a_custom_predict_step_is_honoured(self, keras):
+        class Doubling(keras.Model):
+            def call(self, inputs):
+                return inputs
+
+            def predict_step(self, data):
+                return data[0] * 2
+
+        np.testing.assert_array_equal(evaluate(Doubling(), (X, Y), batch_size=8).predictions, X * 2)
+
+    def test_a_model_that_is_unbuilt_until_its_first_batch(self, keras):
+        model = keras.Sequential([keras.layers.Dense(3)])
+        model.compile("sgd", "mse")
+        received = []
+        callback = KerasMetricCallback(lambda p, l: received.append(p) or {}, (X, Y), batch_size=8)
+        model.fit(X, X[:, :3], verbose=0, callbacks=[callback])
+        kernel, bias = model.get_weights()
+        np.testing.assert_allclose(received[0], X @ kernel + bias, rtol=1e-5, atol=1e-6)
+
+    def test_the_weights_are_those_of_now_and_another_model_is_another_model(self, keras):
+        callback = KerasMetricCallback(lambda p, l: received.append(p) or {}, (X, Y), batch_size=8)
+        received, model, other = [], small_model(keras), small_model(keras)
+        other.set_weights([w + 1 for w in other.get_weights()])
+        for each in (model, model, other):
+            callback.set_model(each)
+            callback.on_epoch_end(0, {})
+            np.testing.assert_allclose(received[-1], by_numpy(each), rtol=1e-5)
+            each.set_weights([w * 2 for w in each.get_weights()])
+
+    def test_ragged_inputs_and_outputs(self):
+        keras = next((package for package in lineages() if package not in KERAS3), None)
+        if keras is None:
+            keras = lineages()[0]
+
+        class Same(keras.Model):
+            def call(self, inputs):
+                return inputs
+
+            def predict_step(self, data):
+                return data[0]
+
+        rows = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10], [11]]
+        dataset = tf.data.Dataset.from_tensor_slices((tf.ragged.constant(rows, tf.uint8),) * 2).batch(2)
+        received = evaluate(Same(), dataset)
+        expected = np.full((5, 4), -100)
+        for index, row in enumerate(rows):
+            expected[index, : len(row)] = row
+        for arrays in received:
+            np.testing.assert_array_equal(arrays, expected)
+            assert arrays.dtype == np.int16
+
+    def test_use_outside_fit_through_a_callback_list(self, keras):
+        callback = KerasMetricCallback(lambda p, l: {"n": len(p)}, (X, Y), batch_size=8)
+        history = keras.callbacks.History()
+        callbacks = keras.callbacks.CallbackList([callback, history], model=small_model(keras))
+        callbacks.on_train_begin()
+        callbacks.on_epoch_end(0, {})
+        assert history.history["n"] == [22]
+
+    def test_a_deep_copy_works_like_the_original(self, keras, tmp_path):
+        model = small_model(keras)
+        metric = copy.deepcopy(KerasMetricCallback(lambda p, l: {"n": len(p)}, (X, Y), batch_size=8))
+        push = copy.deepcopy(pushing(tmp_path))
+        assert model.fit(X, Y, verbose=0, callbacks=[metric, push]).history["n"] == [22]
+        np.testing.assert_array_equal(
+            load(keras, download(tmp_path / "d")).predict(X, verbose=0), model.predict(X, verbose=0)
+        )
+
+
+class TestJoinBatches:
+    """Against NumPy written out: one array filled by hand."""
+
+    @staticmethod
+    def by_hand(batches, padding):
+        longest = np.max([b.shape[1:] for b in batches], axis=0)
+        expected = np.full((sum(map(len, batches)), *longest), padding, dtype=object)
+        row = 0
+        for batch in batches:
+            expected[(slice(row, row + len(batch)), *(slice(n) for n in batch.shape[1:]))] = batch
+            row += len(batch)
+        return expected
+
+    @pytest.mark.parametrize(
+        ("shapes", "dtype", "joined_dtype"),
+        [
+            ([(4, 3), (4, 3), (1, 3)], "float32", "float32"),
+            ([(2, 3), (2, 5), (1, 4)], "int64", "int64"),
+            ([(2, 3, 7), (3, 5, 2)], "float16", "float16"),
+            ([(2, 3), (2, 3)], "uint8", "uint8"),
+            ([(2, 3), (2, 4)], "uint8", "int16"),
+            ([(2, 3), (2, 4)], "bool", "int8"),
+            ([(2, 3), (2, 4)], "uint32", "int64"),
+            ([(2, 0), (2, 2)], "float64", "float64"),
+            ([(5,), (1,)], "int32", "int32"),
+        ],
+    )
+    def test_every_axis_is_padded_and_the_dtype_widened_only_where_needed(self, shapes, dtype, joined_dtype):
+        batches = [RNG.integers(0, 2, shape).astype(dtype) for shape in shapes]
+        expected = self.by_hand(batches, -100)
+        joined = kc.join_batches(list(batches), -100)
+        np.testing.assert_array_equal(joined, expected.astype(joined_dtype))
+        assert joined.dtype == joined_dtype
+
+    def test_text_is_padded_with_the_empty_string(self):
+        words = [np.array([[b"a", b"b"]], object), np.array([[b"c"]], object)]
+        assert kc.join_batches(words, -100).tolist() == [[b"a", b"b"], [b"c", b""]]
+        assert kc.join_batches([np.array([["a", "b"]]), np.array([["cde"]])], -100).tolist() == [["a", "b"], ["cde", ""]]
+
+    def test_bfloat16_is_padded(self):
+        dtype = tf.bfloat16.as_numpy_dtype
+        joined = kc.join_batches([np.ones((1, 2), dtype), np.ones((1, 1), dtype)], -100)
+        assert joined.dtype == dtype
+        assert joined.astype("f4").tolist() == [[1, 1], [1, -100]]
+
+    def test_nesting_is_kept_and_missing_parts_are_padding(self):
+        batches = [
+            {"a": np.ones((2, 1)), "b": (np.ones((2, 2)), [np.zeros((2, 1))])},
+            {"a": np.ones((1, 1)), "b": (np.ones((1, 1)), [np.zeros((1, 1)), np.zeros((1, 1))])},
+        ]
+        joined = kc.join_batches(batches, -100)
+        assert joined["a"].tolist() == [[1], [1], [1]]
+        assert type(joined["b"]) is tuple
+        assert joined["b"][0].tolist() == [[1, 1], [1, 1], [1, -100]]
+        assert [part.tolist() for part in joined["b"][1]] == [[[0], [0], [0]], [[-100], [-100], [0]]]
+
+    def test_a_scalar_of_each_batch_becomes_one_value_of_each_batch(self, keras):
+        class Mean(keras.Model):
+            def call(self, inputs):
+                return inputs
+
+            def predict_step(self, data):
+                return tf.reduce_mean(data[0])
+
+        received = evaluate(Mean(), X, batch_size=8).predictions
+        np.testing.assert_allclose(received, [X[:8].mean(), X[8:16].mean(), X[16:].mean()], rtol=1e-5)
+
+    def test_ranks_that_differ_are_refused(self):
+        with pytest.raises(ValueError, match=r"same number of axes.*\[1, 2\]"):
+            kc.join_batches([np.ones(2), np.ones((2, 2))], -100)
+
+
+class TestGenerateOfOwn:
+    """A model of no library with a generate of its own: it takes the batch as it is."""
+
+    @staticmethod
+    def model(keras):
+        class Speaker(keras.Model):
+            def call(self, inputs):
+                return inputs
+
+            def generate(self, inputs, repeat=1):
+                words = [word.decode() for word in inputs.numpy()]
+                return [" ".join([word] * repeat) for word in words]
+
+        return Speaker()
+
+    WORDS = np.array(["one", "two", "three"])
+
+    def test_text_in_text_out_with_generate_kwargs(self, keras):
+        received = evaluate(
+            self.model(keras),
+            ({"text": self.WORDS}["text"], self.WORDS),
+            batch_size=2,
+            predict_with_generate=True,
+            generate_kwargs={"repeat": 2},
+        )
+        assert received.predictions.tolist() == ["one one", "two two", "three three"]
+        assert received.labels.tolist() == [b"one", b"two", b"three"]
+
+    def test_xla_warns_that_it_has_no_effect_and_goes_on(self, keras, caplog):
+        options = {"batch_size": 2, "predict_with_generate": True, "use_xla_generation": True}
+        received = evaluate(self.model(keras), (self.WORDS, self.WORDS), **options)
+        assert received.predictions.tolist() == ["one", "two", "three"]
+        assert "compile(jit_compile=True)" in caplog.text
+
+    def test_a_model_without_generate_is_refused_when_training_begins(self, keras):
+        model = small_model(keras)
+        callback = KerasMetricCallback(lambda p, l: {}, (X, Y), batch_size=8, predict_with_generate=True)
+        before = model.get_weights()
+        with pytest.raises(ValueError, match="needs a model with a method generate"):
+            model.fit(X, Y, verbose=0, callbacks=[callback])
+        np.testing.assert_array_equal(model.get_weights()[0], before[0])
+
+
+class TestPushArguments:
+    @pytest.mark.parametrize(
+        ("arguments", "error", "match"),
+        [
+            ({"save_strategy": "batch"}, ValueError, r"\['no', 'steps', 'epoch'\], but received 'batch'"),
+            ({"save_strategy": "steps"}, ValueError, "save_steps must be a positive integer .* save_steps=None"),
+            ({"save_strategy": "steps", "save_steps": 0}, ValueError, "save_steps=0"),
+            ({"save_strategy": "steps", "save_steps": 2.0}, ValueError, "save_steps=2.0"),
+            ({"save_strategy": "no", "checkpoint": True}, ValueError, 'checkpoint=True needs save_strategy="epoch"'),
+            ({"tokenizer": "bert"}, TypeError, "save_pretrained or save_to_preset, but received str"),
+            ({"licence": "mit"}, TypeError, r"'finetuned_from'.*but received \['licence'\]"),
+        ],
+    )
+    def test_what_does_not_fit_is_refused_before_anything_is_made(self, tmp_path, arguments, error, match):
+        with pytest.raises(error, match=match):
+            pushing(tmp_path, **arguments)
+        assert not hub.repos
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("strategy", ["NO", "Epoch", kc.IntervalStrategy.EPOCH, types.SimpleNamespace(value="no")])
+    def test_the_strategy_in_any_case_or_as_an_enum(self, tmp_path, strategy):
+        expected = str(getattr(strategy, "value", strategy)).lower()
+        assert pushing(tmp_path, save_strategy=strategy).save_strategy == expected
+
+    def test_the_repository_is_named_after_the_folder_or_as_asked(self, tmp_path):
+        (tmp_path / "taken").mkdir()
+        (tmp_path / "taken" / "notes.txt").write_text("mine")
+        assert pushing(tmp_path, "taken").hub_model_id == "user/taken"
+        assert pushing(tmp_path, "taken", hub_model_id="short").hub_model_id == "user/short"
+        assert pushing(tmp_path, "taken", hub_model_id="user/full").hub_model_id == "user/full"
+        assert pushing(tmp_path, "taken", hub_model_id="user/full").hub_model_id == "user/full"
+        assert sorted(hub.repos) == ["user/full", "user/short", "user/taken"]
+
+    def test_the_cached_token_is_used(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HF_TOKEN", WRITE)
+        assert PushToHubCallback(tmp_path / "model").hub_model_id == "user/model"
 
 
 class TestPush:
