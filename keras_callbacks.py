@@ -437,10 +437,11 @@ def load_repo_checkpoint(model: Any, repo_path_or_name: str | Path, token: str |
     """
     folder = Path(repo_path_or_name)
     if not folder.is_dir():
-        patterns = [f"{CHECKPOINT_FOLDER}/*"]
-        folder = Path(
-            huggingface_hub.snapshot_download(str(repo_path_or_name), allow_patterns=patterns, token=token)
-        )
+        name, patterns = str(repo_path_or_name), [f"{CHECKPOINT_FOLDER}/*"]
+        try:
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, token=token))
+        except Exception as error:
+            raise redacted(error, token)
     rows = read_checkpoint(model, folder / CHECKPOINT_FOLDER)
     notes_about(model).rows = rows
     return {"epoch": max(rows)}
@@ -1213,14 +1214,15 @@ class HubRepo:
 
     def __init__(self, name: str, token: str | None) -> None:
         self.api = huggingface_hub.HfApi(token=token)
+        self.token = token
         self.files: set[str] = set()  # what saves of this run may have committed
-        self.commit: str | None = None  # the commit this run made last
+        self.commit: str | None = None  # the commit this run made last, if it brought the card
         self.upload: Upload | None = None
         try:
             self.repo_id = self.api.create_repo(name, exist_ok=True).repo_id
             self._check_permission()
         except Exception as error:
-            raise self.redacted(error)
+            raise redacted(error, token)
         self.url = f"{self.api.endpoint}/{self.repo_id}"
 
     def _check_permission(self) -> None:
@@ -1235,22 +1237,6 @@ class HubRepo:
         except Exception as error:
             if status_of(error) in (401, 403):
                 raise
-
-    def redacted(self, error: BaseException) -> BaseException:
-        """Returns the error with the token, which a server may echo, removed from all its texts."""
-        for link in causes(error):
-            texts = {name: value for name, value in vars(link).items() if isinstance(value, str)}
-            for name, value in texts.items():
-                setattr(link, name, self.redact(value))
-            if self.redact(str(link)) != str(link):
-                link.args = (self.redact(str(link)),)
-        return error
-
-    def redact(self, text: str) -> str:
-        """Returns the text without the token."""
-        for token in (self.api.token, huggingface_hub.get_token()):
-            text = text.replace(token, "[token]") if isinstance(token, str) and token else text
-        return text
 
     def is_idle(self) -> bool:
         """Returns whether no upload runs."""
@@ -1360,13 +1346,13 @@ class Upload:
         suspect = self._with_card and (status_of(error) in (400, 422) or isinstance(error, ValueError))
         if suspect and is_refusal(error):
             self._with_card = False
-            logger.warning("Pushing without the model card: %s", describe(self.repo.redacted(error)))
+            logger.warning("Pushing without the model card: %s", describe(redacted(error, self.repo.token)))
             return True
         return False
 
     def _fail(self, error: BaseException) -> None:
         self.workspace.close()
-        error = self.repo.redacted(error)
+        error = redacted(error, self.repo.token)
         if not self.final and not self.last_try.is_set():
             logger.warning(
                 '"%s" was not pushed to %s: %s. It is complete in %s; the next save is pushed instead.',
@@ -1426,7 +1412,7 @@ class Upload:
             repo_id, [*additions, *deletions], commit_message=self.message, parent_commit=info.sha
         )
         self._unchanged = commit.oid == info.sha
-        self.repo.commit = commit.oid
+        self.repo.commit = commit.oid if CARD in paths else None
         self.repo.files = set(self.files)
         return commit
 
@@ -1480,6 +1466,18 @@ def retry_after(error: BaseException) -> float | None:
             with contextlib.suppress(TypeError, ValueError):
                 return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     return None
+
+
+def redacted(error: BaseException, token: str | None) -> BaseException:
+    """Returns the error with the token, which a server may echo, removed from all its texts."""
+    for secret in filter(None, (token, huggingface_hub.get_token())):
+        for link in causes(error):
+            for name, value in list(vars(link).items()):
+                if isinstance(value, str):
+                    setattr(link, name, value.replace(secret, "[token]"))
+            if secret in str(link):
+                link.args = (str(link).replace(secret, "[token]"),)
+    return error
 
 
 def describe(error: BaseException) -> str:
