@@ -126,13 +126,13 @@ class KerasMetricCallback(_AnyKerasCallback):
             writable arrays of shape (examples, ...), or dicts of them by column, or whatever nesting the
             model returns; labels are None where the data have none. Batches of different widths are
             padded at the end with -100, generated tokens with the model's pad token, text with the empty
-            string. Text from TensorFlow arrives as UTF-8 `bytes`. Returns a dict of metric names to
+            string. Half precision arrives as float32, text as `str`. Returns a dict of metric names to
             numbers.
         eval_dataset: A batched `tf.data.Dataset`, or, together with `batch_size`, a dict, a tuple, an
             array or a tensor. Its elements are `inputs`, `(inputs, labels)` or `(inputs, labels,
             sample_weight)`; it is read once per epoch.
-        output_cols: Names of the model's outputs to keep, when it returns a dict. Defaults to all, for
-            transformers models without the loss and what their configuration ignores at inference.
+        output_cols: Names of the model's outputs to keep, when it returns a dict. Defaults to all but
+            "loss" and what the model's configuration ignores at inference.
         label_cols: Names of the columns of the inputs, or of labels that are a dict, to use as labels.
             Defaults to the labels of a tuple, else the column "labels", else "start_positions" and
             "end_positions".
@@ -342,8 +342,7 @@ class PushToHubCallback(_AnyKerasCallback):
         """Notes the logs and, with "epoch", saves."""
         self._batches_before_epoch += self._batches_in_epoch
         self._batches_in_epoch = 0
-        row = {str(name): plain_number(value) for name, value in (logs or {}).items()}
-        row = {name: value for name, value in row.items() if value is not None}
+        row = numbers_in(logs or {})
         self.training_history.append(row)
         self._rows = {done: known for done, known in self._rows.items() if done < epoch} | {epoch: row}
         if self.save_strategy == IntervalStrategy.EPOCH:
@@ -356,12 +355,7 @@ class PushToHubCallback(_AnyKerasCallback):
     def _save_and_push(self, message: str, final: bool = False) -> None:
         """Writes a save into `output_dir` and hands it to an upload, unless one still runs."""
         chief = is_chief(self.model)
-        workspace = Workspace(self.output_dir if chief else Path(tempfile.gettempdir()))
-        try:
-            files = self._write_save(workspace, chief)
-        except BaseException:
-            workspace.close()
-            raise
+        workspace, files = self._write_save(self.output_dir if chief else Path(tempfile.gettempdir()), publish=chief)
         if final:
             self._repo.wait_for_running_upload()
         if not chief or not self._repo.is_idle():
@@ -373,32 +367,38 @@ class PushToHubCallback(_AnyKerasCallback):
         if final:
             upload.finish()
 
-    def _write_save(self, workspace: Workspace, publish: bool) -> set[str]:
-        """Writes all files aside, then moves them into `output_dir`; returns their names.
+    def _write_save(self, parent: Path, publish: bool) -> tuple[Workspace, set[str]]:
+        """Writes all files aside, then moves them into `output_dir`; returns the workspace and their names.
 
         Every process of a distributed training writes, since saving can be collective; one publishes.
         """
-        part = "the model"
-        try:
-            write_model(self.model, workspace.staged)
-            part = "the tokenizer"
-            if self.tokenizer is not None:
-                write_tokenizer(self.tokenizer, workspace.staged)
-            if self.checkpoint and self._rows:
-                part = "the checkpoint"
-                write_checkpoint(self.model, self._rows, workspace.staged / CHECKPOINT_FOLDER)
-            self._write_card(workspace.staged)
-            part = "the files"
-            names = {name for name, _ in files_below(workspace.staged)}
-            if publish:
-                workspace.publish(names, self.output_dir, obsolete=self._saved_files - names - {CARD})
-                self._saved_files = names
-            return names
-        except Exception as error:
-            raise RuntimeError(
-                f"Could not write {part} to {self.output_dir}: {type(error).__name__}: {error}. "
-                "The files of the save before are untouched; make room or mend the cause and train on."
-            ) from error
+        part = "a folder for the save"
+        with contextlib.ExitStack() as at_failure:
+            try:
+                workspace = Workspace(parent)
+                at_failure.callback(workspace.close)
+                part = "the model"
+                workspace.reserve(save_size(self.model, self.checkpoint))
+                write_model(self.model, workspace.staged)
+                part = "the tokenizer"
+                if self.tokenizer is not None:
+                    write_tokenizer(self.tokenizer, workspace.staged)
+                if self.checkpoint and self._rows:
+                    part = "the checkpoint"
+                    write_checkpoint(self.model, self._rows, workspace.staged / CHECKPOINT_FOLDER)
+                self._write_card(workspace.staged)
+                part = "the files"
+                names = {name for name, _ in files_below(workspace.staged)}
+                if publish:
+                    workspace.publish(names, self.output_dir, obsolete=self._saved_files - names - {CARD})
+                    self._saved_files = names
+            except Exception as error:
+                raise RuntimeError(
+                    f"Could not write {part} to {self.output_dir}: {type(error).__name__}: {error}. "
+                    "The files of the save before are untouched; make room or mend the cause and train on."
+                ) from error
+            at_failure.pop_all()
+        return workspace, names
 
     def _write_card(self, folder: Path) -> None:
         """Writes the model card, unless a human has taken it over; a card that fails blocks nothing."""
@@ -737,9 +737,8 @@ def keep_outputs(model: Any, outputs: Any, output_cols: list[str] | None) -> Any
                 f"{type(outputs).__name__} from {type(model).__name__}."
             )
         return outputs
-    ignored: list[str] = []
-    if is_transformers(model):
-        ignored = ["loss", *(getattr(model.config, "keys_to_ignore_at_inference", None) or [])]
+    config = getattr(model, "config", None)
+    ignored = ["loss", *(getattr(config, "keys_to_ignore_at_inference", None) or [])]
     names = output_cols or [name for name in outputs if name not in ignored and outputs[name] is not None]
     check_names(output_cols, set(outputs))
     return outputs[names[0]] if len(names) == 1 else {name: outputs[name] for name in names}
@@ -786,6 +785,12 @@ def plain_number(value: Any) -> int | float | None:
         return None
 
 
+def numbers_in(logs: Mapping[str, Any]) -> dict[str, int | float]:
+    """Returns those of the logs that are numbers, as plain ones."""
+    numbers = {str(name): plain_number(value) for name, value in logs.items()}
+    return {name: number for name, number in numbers.items() if number is not None}
+
+
 # ---------------------------------------------------------------------------------------------
 # Padded concatenation
 # ---------------------------------------------------------------------------------------------
@@ -797,7 +802,7 @@ def to_arrays(batch: Any) -> Any:
     Ragged tensors are padded at the end of their rows, a scalar becomes an array of one value.
     """
     if isinstance(batch, tf.Tensor):
-        return np.atleast_1d(batch.numpy())
+        return plain_array(batch.numpy())
     if batch is None:
         return None
     if isinstance(batch, Mapping):
@@ -810,10 +815,26 @@ def to_arrays(batch: Any) -> Any:
         is_padded = values.size < math.prod(batch.bounding_shape().numpy())
         dtype = wide_enough(values.dtype, PADDING) if is_padded else values.dtype
         batch = batch.with_flat_values(values.astype(dtype))
-        return batch.to_tensor(filler(dtype, PADDING)).numpy()
+        return plain_array(batch.to_tensor(filler(dtype, PADDING)).numpy())
     if isinstance(batch, tf.SparseTensor):
-        return tf.sparse.to_dense(batch).numpy()
-    return np.atleast_1d(np.asarray(batch))
+        return plain_array(tf.sparse.to_dense(batch).numpy())
+    return plain_array(np.asarray(batch))
+
+
+def plain_array(values: Any) -> np.ndarray[Any, Any]:
+    """Returns an array of shape (examples, ...), with float32 for half precision and str for UTF-8."""
+    array = np.atleast_1d(values)
+    if array.dtype.name in ("float16", "bfloat16"):
+        return array.astype(np.float32)
+    return np.frompyfunc(as_str, 1, 1)(array) if array.dtype.kind in "OS" else array
+
+
+def as_str(text: Any) -> Any:
+    """Returns str for UTF-8, and bytes that are none as they are."""
+    try:
+        return text.decode()
+    except (AttributeError, UnicodeDecodeError):
+        return text
 
 
 def join_batches(batches: list[Any], padding: int) -> Any:
@@ -873,13 +894,12 @@ def join_arrays(arrays: list[np.ndarray[Any, Any]], padding: int) -> np.ndarray[
 def wide_enough(dtype: np.dtype[Any], padding: int) -> np.dtype[Any]:
     """Returns the smallest dtype that holds the values of `dtype` and its filler."""
     fill = filler(dtype, padding)
-    return dtype if isinstance(fill, (str, bytes)) else np.promote_types(dtype, np.min_scalar_type(fill))
+    return dtype if isinstance(fill, str) else np.promote_types(dtype, np.min_scalar_type(fill))
 
 
-def filler(dtype: np.dtype[Any], padding: int) -> int | str | bytes:
+def filler(dtype: np.dtype[Any], padding: int) -> int | str:
     """Returns what arrays of this dtype are padded with."""
-    texts: dict[str, str | bytes] = {"U": "", "S": b"", "O": b""}  # objects are the bytes of TensorFlow strings
-    return texts.get(dtype.kind, padding if dtype.kind in "iu" else PADDING)
+    return "" if dtype.kind in "UO" else padding if dtype.kind in "iu" else PADDING
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1007,6 +1027,13 @@ def write_model(model: Any, folder: Path) -> None:
         model.save(str(folder / "model.keras"))
 
 
+def save_size(model: Any, checkpoint: bool) -> int:
+    """Returns the bytes that a save takes, roughly: the variables, the checkpoint's, and what is around them."""
+    variables = [variable for _, variable in checkpoint_variables(model)]
+    size = sum(4096 + math.prod(variable.shape) * tf.as_dtype(variable.dtype).size for variable in variables)
+    return (2 if checkpoint else 1) * size + 2**20
+
+
 def is_keras3(keras: Any) -> bool:
     """Returns whether it is a Keras 3 that can save a model as a folder."""
     return "zipped" in inspect.signature(keras.saving.save_model).parameters
@@ -1070,10 +1097,11 @@ def read_checkpoint(model: Any, folder: Path) -> dict[int, dict[str, Any]]:
         raise ValueError("The model must be built before a checkpoint is loaded; call it once or model.build().")
     try:
         state = json.loads((folder / "state.json").read_text("utf-8"))
-        with np.load(folder / "state.npz", allow_pickle=False) as archive:
+        # NumPy does not close a file that it opened and could not read.
+        with (folder / "state.npz").open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-        epoch = int(arrays.pop("epoch"))
-        rows = {int(done): dict(row) for done, row in state["history"].items()}
+        epoch = arrays.pop("epoch").item()
+        rows = {int(done): numbers_in(row) for done, row in state["history"].items()}
         if type(state["epoch"]) is not int or not 0 <= epoch == state["epoch"] == max(rows):
             raise ValueError(f"the weights are of epoch {epoch}, state.json says {state['epoch']!r}")
     except Exception as error:
@@ -1128,10 +1156,19 @@ class Workspace:
         self.staged.mkdir()
         self.snapshot = self.folder / "snapshot"
 
+    def reserve(self, size: int) -> None:
+        """Raises an OSError where so many bytes cannot be written: HDF5 crashes the process on a full disk."""
+        with tempfile.TemporaryFile(dir=self.folder) as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+
     def publish(self, names: set[str], output_dir: Path, obsolete: set[str]) -> None:
         """Moves the staged files into `output_dir`, each at once, and removes those that are obsolete."""
         for name in sorted(names):
+            if (output_dir / name).is_dir():
+                raise IsADirectoryError(f"{output_dir / name} is a folder where the save has a file")
             (output_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        for name in sorted(names):
             os.replace(self.staged / name, output_dir / name)
         for name in obsolete:
             (output_dir / name).unlink(missing_ok=True)
@@ -1167,7 +1204,10 @@ def lock_folder(folder: Path, wait: bool) -> int | None:
     """Returns a descriptor that locks the folder until it is closed or its process dies, or None."""
     if fcntl is None:
         return None
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # an upload has just removed it
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:  # in use, or a filesystem without locks

@@ -7,6 +7,8 @@ lacks are not collected there.
 
 import base64
 import collections
+import concurrent.futures
+import configparser
 import contextlib
 import copy
 import csv
@@ -83,6 +85,7 @@ class Hub:
                 pass
 
         self.lock = threading.RLock()
+        self.count = 0
         self.reset()
         self.server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -114,7 +117,8 @@ class Hub:
             files = {**(history[-1]["files"] if history else {}), **changes}
             for name in deletions:
                 files.pop(name)
-            oid = hashlib.sha1(f"{repo_id} {len(history)} {message}".encode()).hexdigest()
+            self.count += 1  # no oid ever comes again: the client keeps what it has read by oid
+            oid = hashlib.sha1(f"{repo_id} {self.count}".encode()).hexdigest()
             history.append({"oid": oid, "message": message, "files": files})
             return oid
 
@@ -723,7 +727,7 @@ class TestKindsOfModels:
         np.testing.assert_allclose(received[0], by_numpy(model), rtol=1e-5)
 
     @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
-    def test_mixed_precision_keeps_the_dtype_of_the_outputs(self, keras, policy):
+    def test_half_precision_arrives_as_float32(self, keras, policy):
         keras.mixed_precision.set_global_policy(policy)
         try:
             model = small_model(keras, optimizer="sgd")
@@ -731,8 +735,9 @@ class TestKindsOfModels:
             keras.mixed_precision.set_global_policy("float32")
         received = evaluate(model, (X, Y), batch_size=8).predictions
         expected = model.predict(X, verbose=0)
-        assert received.dtype == expected.dtype
-        np.testing.assert_array_equal(received.astype("f4"), expected.astype("f4"))
+        assert expected.dtype == policy.removeprefix("mixed_")
+        assert received.dtype == np.float32
+        np.testing.assert_array_equal(received, expected.astype("f4"))
 
     def test_a_custom_predict_step_is_honoured(self, keras):
         class Doubling(keras.Model):
@@ -838,8 +843,8 @@ class TestJoinBatches:
         assert joined.dtype == joined_dtype
 
     def test_text_is_padded_with_the_empty_string(self):
-        words = [np.array([[b"a", b"b"]], object), np.array([[b"c"]], object)]
-        assert kc.join_batches(words, -100).tolist() == [[b"a", b"b"], [b"c", b""]]
+        words = [np.array([["a", "b"]], object), np.array([["c"]], object)]
+        assert kc.join_batches(words, -100).tolist() == [["a", "b"], ["c", ""]]
         assert kc.join_batches([np.array([["a", "b"]]), np.array([["cde"]])], -100).tolist() == [["a", "b"], ["cde", ""]]
 
     def test_bfloat16_is_padded(self):
@@ -901,7 +906,22 @@ class TestGenerateOfOwn:
             generate_kwargs={"repeat": 2},
         )
         assert received.predictions.tolist() == ["one one", "two two", "three three"]
-        assert received.labels.tolist() == [b"one", b"two", b"three"]
+        assert received.labels.tolist() == ["one", "two", "three"]
+
+    def test_text_arrives_as_str_and_other_bytes_as_they_are(self, keras):
+        texts = np.array([["caf\u00e9", ""], ["x", "y"]], object)
+        received = evaluate(self.model(keras), (self.WORDS[:2], texts), batch_size=1, predict_with_generate=True)
+        assert received.labels.tolist() == texts.tolist()
+        data = (self.WORDS[:2], np.array([b"\xff\xfe", b"ok"], object))
+        assert evaluate(self.model(keras), data, batch_size=1, predict_with_generate=True).labels.tolist() == [
+            b"\xff\xfe", "ok",
+        ]
+
+    def test_the_loss_is_kept_only_when_it_is_named(self, keras):
+        inputs = keras.layers.Input((4,))
+        model = keras.Model(inputs, {name: keras.layers.Rescaling(2.0)(inputs) for name in ("loss", "logits")})
+        np.testing.assert_array_equal(evaluate(model, X, batch_size=8).predictions, X * 2)
+        assert list(evaluate(model, X, batch_size=8, output_cols=["loss", "logits"]).predictions) == ["loss", "logits"]
 
     def test_xla_warns_that_it_has_no_effect_and_goes_on(self, keras, caplog):
         options = {"batch_size": 2, "predict_with_generate": True, "use_xla_generation": True}
@@ -956,10 +976,349 @@ class TestPushArguments:
         assert PushToHubCallback(tmp_path / "model").hub_model_id == "user/model"
 
 
+class Awaited(tf.keras.callbacks.Callback):
+    """Listed after PushToHubCallback, it waits at the end of each epoch until the upload is done."""
+
+    _implements_train_batch_hooks = _implements_test_batch_hooks = _implements_predict_batch_hooks = lambda self: False
+
+    def __init__(self, push):
+        super().__init__()
+        self.push = push
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self.push.last_job is not None:
+            concurrent.futures.wait([self.push.last_job])
+
+
 class TestPush:
     def test_the_model_on_the_hub_loads_and_predicts_the_same(self, keras, tmp_path):
         model = small_model(keras)
         model.fit(X, Y, epochs=2, verbose=0, callbacks=[pushing(tmp_path)])
         loaded = load(keras, download(tmp_path / "downloaded"))
         np.testing.assert_array_equal(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
-        assert hub.commits("user/model")[0] == "Training in progress, epoch 0"
+
+    def test_the_hub_address_of_keras_3_loads(self, tmp_path):
+        for keras in KERAS3:
+            model = small_model(keras)
+            model.fit(X, Y, verbose=0, callbacks=[pushing(tmp_path)])
+            loaded = keras.saving.load_model("hf://user/model")
+            np.testing.assert_array_equal(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
+
+    def test_each_epoch_is_one_commit_and_the_end_another(self, keras, tmp_path):
+        push = pushing(tmp_path)
+        small_model(keras).fit(X, Y, epochs=3, verbose=0, callbacks=[push, Awaited(push)])
+        messages = hub.commits("user/model")
+        assert messages[:3] == [f"Training in progress, epoch {epoch}" for epoch in range(3)]
+        assert messages[3:] in ([], ["End of training"])  # none where the final state was on the Hub already
+
+    def test_the_end_of_training_is_pushed_once_more(self, keras, tmp_path):
+        class Changing(Awaited):
+            def on_train_end(self, logs=None):
+                self.model.set_weights([w + 1 for w in self.model.get_weights()])
+
+        push = pushing(tmp_path)
+        model = small_model(keras)
+        model.fit(X, Y, verbose=0, callbacks=[Changing(push), push])
+        assert hub.commits("user/model") == ["Training in progress, epoch 0", "End of training"]
+        np.testing.assert_array_equal(
+            load(keras, download(tmp_path / "d")).predict(X, verbose=0), model.predict(X, verbose=0)
+        )
+
+    def test_no_strategy_saves_at_the_end_only(self, keras, tmp_path):
+        small_model(keras).fit(X, Y, epochs=3, verbose=0, callbacks=[pushing(tmp_path, save_strategy="no")])
+        assert hub.commits("user/model") == ["End of training"]
+
+    @pytest.mark.parametrize("steps_per_execution", [1, 2])
+    def test_steps_are_counted_through_epochs_and_executions(self, keras, tmp_path, steps_per_execution):
+        push = pushing(tmp_path, save_strategy="steps", save_steps=5)  # an epoch has three batches
+
+        class AwaitedBatch(Awaited):
+            _implements_train_batch_hooks = lambda self: True
+
+            def on_train_batch_end(self, batch, logs=None):
+                self.on_epoch_end(0)
+
+        model = small_model(keras, steps_per_execution=steps_per_execution)
+        model.fit(X, Y, batch_size=8, epochs=4, verbose=0, callbacks=[push, AwaitedBatch(push)])
+        expected = {1: [5, 10], 2: [5, 11]}[steps_per_execution]  # after batches 2, 3, 5, 6, 8, 9, 11, 12
+        messages = hub.commits("user/model")
+        assert messages[:2] == [f"Training in progress, step {step}" for step in expected]
+        assert messages[2:] == ["End of training"]
+
+    def test_other_files_in_the_folder_are_pushed_with_the_model(self, keras, tmp_path):
+        push = pushing(tmp_path)
+        events = tmp_path / "model" / "logs" / "train" / "events"
+
+        def log(epoch, logs):
+            events.parent.mkdir(parents=True, exist_ok=True)
+            with events.open("a") as file:
+                file.write(f"{epoch}\n")
+
+        small_model(keras).fit(
+            X, Y, epochs=2, verbose=0, callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=log), push]
+        )
+        assert on_hub()["logs/train/events"] == b"0\n1\n"
+
+    def test_the_user_reads_where_the_final_state_goes(self, keras, tmp_path, capfd):
+        small_model(keras).fit(X, Y, verbose=2, callbacks=[pushing(tmp_path, save_strategy="no")])
+        out, err = capfd.readouterr()
+        before, _, after = out.partition(f"{hub.url}/user/model\n")
+        assert f"{hub.url}/user/model/commit/" in after
+        assert "loss" in before
+        assert "100%" in err  # huggingface_hub's own progress bar
+
+    def test_silence_with_verbose_0_and_no_bars_of_background_uploads(self, keras, tmp_path, capfd):
+        push = pushing(tmp_path)
+        small_model(keras).fit(X, Y, epochs=3, verbose=0, callbacks=[push, Awaited(push)])
+        out, err = capfd.readouterr()
+        assert (out, "100%" in err) == ("", False)
+        assert not huggingface_hub.utils.are_progress_bars_disabled()
+
+    def test_attributes_of_code_written_for_transformers(self, keras, tmp_path):
+        push = pushing(tmp_path)
+        assert (push.output_dir, push.hub_model_id, push.last_job) == (tmp_path / "model", "user/model", None)
+        history = small_model(keras).fit(X, Y, epochs=2, verbose=0, callbacks=[push])
+        assert [row["loss"] for row in push.training_history] == pytest.approx(history.history["loss"])
+        assert push.last_job.result().oid == hub.repos["user/model"][-1]["oid"]
+
+    def test_the_best_model_is_pushed_when_early_stopping_restores_it(self, keras, tmp_path):
+        scores = iter([0.5, 0.9, 0.1, 0.2])
+        weights = []
+        callbacks = [
+            KerasMetricCallback(lambda p, l: {"f1": next(scores)}, (X, Y), batch_size=8),
+            keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: weights.append(model.get_weights())),
+            keras.callbacks.EarlyStopping("f1", mode="max", patience=2, restore_best_weights=True),
+            pushing(tmp_path),
+        ]
+        model = small_model(keras)
+        model.fit(X, Y, epochs=9, verbose=0, callbacks=callbacks)
+        loaded = load(keras, download(tmp_path / "d"))
+        np.testing.assert_array_equal(loaded.get_weights()[0], weights[1][0])
+
+    def test_output_dir_is_whole_and_without_leftovers(self, keras, tmp_path):
+        model = small_model(keras)
+        model.fit(X, Y, epochs=2, verbose=0, callbacks=[pushing(tmp_path, checkpoint=True)])
+        folder = tmp_path / "model"
+        np.testing.assert_array_equal(load(keras, folder).get_weights()[0], model.get_weights()[0])
+        local = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        assert local == {name: content for name, content in on_hub().items() if name != ".gitattributes"}
+
+    def test_a_model_without_an_optimizer_or_metrics(self, keras, tmp_path):
+        model = keras.Sequential([keras.layers.Input((4,)), keras.layers.Dense(2)])
+        push = pushing(tmp_path, checkpoint=True)
+        push.set_model(model)
+        push.on_train_begin()
+        push.on_epoch_end(0, {"score": 1.0})
+        push.on_train_end()
+        np.testing.assert_array_equal(load(keras, download(tmp_path / "d")).get_weights()[0], model.get_weights()[0])
+
+
+class TestCheckpoint:
+    DATA = tf.data.Dataset.from_tensor_slices((X, Y)).batch(8)
+
+    @pytest.mark.parametrize("optimizer", ["adam", "rmsprop", "legacy"])
+    def test_resuming_from_the_hub_ends_in_the_same_bits(self, keras, tmp_path, optimizer):
+        def build():
+            legacy = optimizer == "legacy" and keras not in KERAS3
+            return small_model(keras, keras.optimizers.legacy.Adam() if legacy else optimizer.replace("legacy", "sgd"))
+
+        def state(model):
+            variables = model.optimizer.variables
+            return [np.asarray(v.numpy()) for v in [*model.variables, *(variables() if callable(variables) else variables)]]
+
+        straight = build()
+        straight.fit(self.DATA, epochs=4, verbose=0)
+        build_and_stop = build()
+        build_and_stop.fit(self.DATA, epochs=2, verbose=0, callbacks=[pushing(tmp_path, checkpoint=True)])
+        resumed = build()
+        last = load_repo_checkpoint(resumed, "user/model")
+        assert last == {"epoch": 1}
+        resumed.fit(self.DATA, initial_epoch=last["epoch"] + 1, epochs=4, verbose=0)
+        for received, expected in zip(state(resumed), state(straight), strict=True):
+            np.testing.assert_array_equal(received, expected)
+
+    def test_after_the_first_epoch_the_epoch_is_0_and_nothing_is_pickled(self, keras, tmp_path):
+        small_model(keras).fit(self.DATA, verbose=0, callbacks=[pushing(tmp_path, checkpoint=True)])
+        folder = tmp_path / "model" / "checkpoint"
+        assert json.loads((folder / "state.json").read_text())["epoch"] == 0
+        with np.load(folder / "state.npz", allow_pickle=False) as archive:
+            assert all(archive[name].dtype != object for name in archive.files)
+        assert load_repo_checkpoint(small_model(keras), tmp_path / "model") == {"epoch": 0}
+
+    def test_mixed_float16_resumes_with_its_loss_scale(self, keras, tmp_path):
+        keras.mixed_precision.set_global_policy("mixed_float16")
+        try:
+            model, other = small_model(keras), small_model(keras)
+            model.fit(self.DATA, epochs=2, verbose=0, callbacks=[pushing(tmp_path, checkpoint=True)])
+            load_repo_checkpoint(other, tmp_path / "model")
+            model.fit(self.DATA, verbose=0)
+            other.fit(self.DATA, verbose=0)
+        finally:
+            keras.mixed_precision.set_global_policy("float32")
+        np.testing.assert_array_equal(other.get_weights()[0], model.get_weights()[0])
+
+    def test_the_table_of_the_card_goes_on_where_it_stood(self, keras, tmp_path):
+        small_model(keras).fit(self.DATA, epochs=2, verbose=0, callbacks=[pushing(tmp_path, checkpoint=True)])
+        resumed = small_model(keras)
+        load_repo_checkpoint(resumed, tmp_path / "model")
+        push = pushing(tmp_path, checkpoint=True)
+        resumed.fit(self.DATA, initial_epoch=2, epochs=4, verbose=0, callbacks=[push])
+        rows = re.findall(r"^\| (\d+) \|", on_hub()["README.md"].decode(), re.MULTILINE)
+        assert rows == ["0", "1", "2", "3"]
+        assert len(push.training_history) == 2
+
+
+class TestCard:
+    FACTS = {
+        "language": "en",
+        "license": "mit",
+        "tags": ["vision", "a\n---\nb: <b>"],
+        "finetuned_from": "google/base",
+        "tasks": "image-classification",
+        "dataset": "Digits | of\nUCI",
+        "dataset_tags": "mnist",
+        "dataset_args": "default",
+    }
+
+    @staticmethod
+    def card_of(tmp_path, keras, epochs, **facts):
+        """The card on the Hub after epochs with these logs."""
+        push = pushing(tmp_path, **facts)
+        push.set_model(small_model(keras))
+        push.set_params({"epochs": len(epochs), "steps": 3, "verbose": 0})
+        push.on_train_begin()
+        for epoch, logs in enumerate(epochs):
+            metric = KerasMetricCallback(lambda p, l: {k: v for k, v in logs.items() if "1" in k}, X, batch_size=32)
+            metric.set_model(push.model)
+            metric.on_epoch_end(epoch, {})
+            push.on_epoch_end(epoch, logs)
+        push.on_train_end()
+        return on_hub()["README.md"].decode()
+
+    def test_the_metadata_come_back_from_model_card(self, keras, tmp_path):
+        logs = {"loss": 0.5, "accuracy": 0.9, "val_loss": 0.7, "val_accuracy": 0.8, "rouge1": 31.5, "f1_macro": 0.75}
+        text = self.card_of(tmp_path, keras, [{"loss": 1.0}, logs], **self.FACTS)
+        data = huggingface_hub.ModelCard(text).data
+        assert data.library_name == ("keras" if keras in KERAS3 else "tf-keras")
+        assert data.tags == ["vision", "a --- b: <b>", "generated_from_keras_callback"]
+        assert (data.language, data.license, data.base_model) == (["en"], "mit", "google/base")
+        assert (data.datasets, data.pipeline_tag) == (["mnist"], "image-classification")
+        assert data.metrics == ["accuracy", "f1", "rouge"]
+        results = [(r.metric_type, r.metric_name, r.metric_value) for r in data.eval_results]
+        assert results == [
+            ("accuracy", "val_accuracy", 0.8),
+            ("rouge", "rouge1", 31.5),
+            ("f1", "f1_macro", 0.75),
+        ]
+        first = data.eval_results[0]
+        assert (first.task_type, first.dataset_type, first.dataset_name) == (
+            "image-classification", "mnist", "Digits | of UCI",
+        )
+        assert first.dataset_config == "default"
+
+    def test_the_table_has_every_epoch_and_all_columns(self, keras, tmp_path):
+        epochs = [{"loss": 1.23456}, {"loss": float("nan"), "val_loss": 0.00012346}, {"late|r": 7, "val_loss": float("inf")}]
+        text = self.card_of(tmp_path, keras, epochs)
+        table = [line for line in text.splitlines() if line.startswith("| ")]
+        assert table == [
+            "| Epoch | loss | Validation loss | late\\|r |",
+            "| ---: | ---: | ---: | ---: |",
+            "| 0 | 1.235 |  |  |",
+            "| 1 | nan | 0.0001235 |  |",
+            "| 2 |  | inf | 7 |",
+        ]
+        data = huggingface_hub.ModelCard(text).data
+        assert data.eval_results is None
+
+    @pytest.mark.parametrize(
+        ("key", "metric"),
+        [
+            ("val_accuracy", "accuracy"),
+            ("val_sparse_categorical_accuracy", "accuracy"),
+            ("rouge1", "rouge"),
+            ("rougeLsum1", "rouge"),
+            ("f1_macro", "f1"),
+            ("sacrebleu1", "sacrebleu"),
+            ("val_root_mean_squared_error", "rmse"),
+            ("val_mse", "mse"),
+            ("val_auc", "roc_auc"),
+            ("own_score1", "own_score1"),
+        ],
+    )
+    def test_metric_types_are_the_names_of_the_hub(self, tmp_path, key, metric):
+        text = self.card_of(tmp_path, lineages()[0], [{key: 0.5}], **self.FACTS)
+        (result,) = huggingface_hub.ModelCard(text).data.eval_results
+        assert (result.metric_type, result.metric_name, result.metric_value) == (metric, key, 0.5)
+
+    def test_no_base_model_from_a_local_path_and_no_tag_from_an_unknown_task(self, keras, tmp_path):
+        facts = {"finetuned_from": str(tmp_path), "tasks": "guessing well"}
+        data = huggingface_hub.ModelCard(self.card_of(tmp_path, keras, [{"loss": 1.0}], **facts)).data
+        assert (data.base_model, data.pipeline_tag) == (None, None)
+
+    def test_the_optimizer_is_readable_with_its_schedule(self, keras, tmp_path):
+        push = pushing(tmp_path)
+        schedule = keras.optimizers.schedules.PolynomialDecay(0.25, 1234)
+        push.set_model(small_model(keras, keras.optimizers.Adam(schedule)))
+        push.on_train_end()
+        text = on_hub()["README.md"].decode()
+        config = json.loads(re.search(r"```json\n(.*?)```", text, re.DOTALL)[1])
+        assert config["class_name"] == "Adam"
+        assert config["learning_rate"]["config"]["decay_steps"] == 1234
+        assert config["beta_1"] == pytest.approx(0.9)
+
+    def test_the_lines_that_load_the_model_work(self, keras, tmp_path):
+        model = small_model(keras)
+        model.fit(X, Y, verbose=0, callbacks=[pushing(tmp_path)])
+        code = re.search(r"```python\n(.*?)```", on_hub()["README.md"].decode(), re.DOTALL)[1]
+        names = {}
+        exec(code, names)
+        np.testing.assert_array_equal(names["model"].predict(X, verbose=0), model.predict(X, verbose=0))
+
+    def test_a_card_that_cannot_be_generated_blocks_nothing(self, keras, tmp_path, caplog):
+        class Odd(str):
+            def __str__(self):
+                raise ZeroDivisionError("odd")
+
+        model = small_model(keras)
+        model.fit(X, Y, verbose=0, callbacks=[pushing(tmp_path, license=Odd("mit"))])
+        assert "README.md" not in on_hub()
+        assert "No model card was written: ZeroDivisionError: odd" in caplog.text
+        np.testing.assert_array_equal(load(keras, download(tmp_path / "d")).get_weights()[0], model.get_weights()[0])
+
+
+class TestLegacySwitch:
+    """The same module with TF_USE_LEGACY_KERAS=1, where tf.keras is tf_keras."""
+
+    __test__ = has("tf_keras") and "TF_USE_LEGACY_KERAS" not in os.environ
+
+    def test_metrics_logs_and_pushes_work_with_it(self):
+        tests = "TestLogs or TestPush or TestMetricFn"
+        run = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-k", tests, __file__],
+            cwd=HERE,
+            env={**os.environ, "TF_USE_LEGACY_KERAS": "1", "HF_ENDPOINT": ""},
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stdout[-3000:]
+        assert " passed" in run.stdout
+
+
+class TestVendoring:
+    def test_the_version_of_the_package_is_that_of_the_module(self):
+        config = configparser.ConfigParser()
+        config.read(HERE / "setup.cfg")
+        assert config["metadata"]["version"] == "attr: keras_callbacks.__version__"
+        assert re.fullmatch(r"\d+\.\d+\.\d+", kc.__version__)
+
+    def test_the_signatures_are_the_documented_ones(self):
+        metric = "metric_fn eval_dataset output_cols label_cols batch_size predict_with_generate use_xla_generation"
+        push = "output_dir save_strategy save_steps tokenizer hub_model_id hub_token checkpoint model_card_args"
+        for function, names in [
+            (KerasMetricCallback, f"{metric} generate_kwargs"),
+            (PushToHubCallback, push),
+            (load_repo_checkpoint, "model repo_path_or_name token"),
+        ]:
+            assert list(inspect.signature(function).parameters) == names.split()
+
+
