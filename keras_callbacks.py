@@ -99,7 +99,8 @@ class _AnyKerasCallback(tf.keras.callbacks.Callback):  # type: ignore[misc]
         return copy.copy(self)
 
     def _verbose(self) -> int:
-        return int(self._params().get("verbose") or 0)
+        verbose = self._params().get("verbose") or 0
+        return 1 if verbose == "auto" else int(verbose)  # "auto" is the default of fit
 
     def _params(self) -> dict[str, Any]:
         """Returns what `fit` told its callbacks; nothing where they run without it."""
@@ -223,9 +224,7 @@ class KerasMetricCallback(_AnyKerasCallback):
         if self._predictor is None or self._predictor[0] is not self.model:
             model, spec = self.model, self.eval_dataset.element_spec
             if self.predict_with_generate:
-                step = generation_step(
-                    model, spec, self.label_cols, self.use_xla_generation, self.generate_kwargs
-                )
+                step = generation_step(model, spec, self.label_cols, self.use_xla_generation, self.generate_kwargs)
             else:
                 step = prediction_step(model, spec, self.label_cols)
             self._predictor = model, lambda element: keep_outputs(model, step(element), self.output_cols)
@@ -295,7 +294,9 @@ class PushToHubCallback(_AnyKerasCallback):
                 'checkpoint=True needs save_strategy="epoch", since training resumes at the start of an '
                 f'epoch, but received save_strategy="{self.save_strategy.value}".'
             )
-        if tokenizer is not None and not (hasattr(tokenizer, "save_pretrained") or hasattr(tokenizer, "save_to_preset")):
+        if tokenizer is not None and not (
+            hasattr(tokenizer, "save_pretrained") or hasattr(tokenizer, "save_to_preset")
+        ):
             raise TypeError(
                 "tokenizer must have a method save_pretrained or save_to_preset, "
                 f"but received {type(tokenizer).__name__}."
@@ -767,8 +768,7 @@ def as_metrics(result: Any) -> dict[str, Any]:
     for name, number in metrics.items():
         if number is None or not isinstance(name, str):
             raise TypeError(
-                "metric_fn must return a dict of metric names to numbers, "
-                f"but returned {result[name]!r} for {name!r}."
+                f"metric_fn must return a dict of metric names to numbers, but returned {result[name]!r} for {name!r}."
             )
     return metrics
 
@@ -911,8 +911,7 @@ def check_generation(model: Any, inputs_spec: Any, use_xla: bool) -> None:
     """Raises an error where the model cannot generate from such inputs; warns where XLA is its own affair."""
     if not hasattr(model, "generate"):
         raise ValueError(
-            "predict_with_generate=True needs a model with a method generate, "
-            f"but received a {type(model).__name__}."
+            f"predict_with_generate=True needs a model with a method generate, but received a {type(model).__name__}."
         )
     if not is_transformers(model):
         if use_xla:
@@ -1226,7 +1225,9 @@ def files_below(folder: Path) -> Iterator[tuple[str, Path]]:
         here = Path(parent)
         above = {here.resolve(), *(p.resolve() for p in here.parents)}
         folders[:] = sorted(
-            name for name in folders if may_be_pushed(here / name, folder, root) and (here / name).resolve() not in above
+            name
+            for name in folders
+            if may_be_pushed(here / name, folder, root) and (here / name).resolve() not in above
         )
         for name in sorted(files):
             path = here / name
@@ -1523,7 +1524,9 @@ def redacted(error: BaseException, token: str | None) -> BaseException:
 def describe(error: BaseException) -> str:
     """Returns the error and what lies at its bottom, in one line."""
     links = list(causes(error))
-    return " ".join(" because of ".join(f"{type(link).__name__}: {link}" for link in links[:: len(links) - 1 or 1]).split())
+    return " ".join(
+        " because of ".join(f"{type(link).__name__}: {link}" for link in links[:: len(links) - 1 or 1]).split()
+    )
 
 
 @contextlib.contextmanager

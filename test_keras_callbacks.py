@@ -38,6 +38,7 @@ import warnings
 
 HERE = pathlib.Path(__file__).resolve().parent
 
+
 # The stand-in Hub: what the real client needs, over real HTTP, with faults on demand.
 class Fault:
     """What the stand-in does instead of answering, for the next `times` requests of a stage."""
@@ -194,10 +195,18 @@ class Hub:
         if token and user is None:
             return 401, {"error": f"Invalid credentials: {token}"}, {"X-Error-Message": f"Invalid token {token}"}
         if path == "/api/whoami-v2":
-            return (200, {"name": user, "type": "user", "orgs": [], "auth": {"accessToken": {"role": role}}}, {}) if user else (401, {}, {})
+            return (
+                (200, {"name": user, "type": "user", "orgs": [], "auth": {"accessToken": {"role": role}}}, {})
+                if user
+                else (401, {}, {})
+            )
         if path == "/api/validate-yaml":
             bad = "REFUSE" in json.loads(body)["content"]
-            return (400, {"errors": [{"message": "bad card"}], "warnings": []}, {}) if bad else (200, {"errors": [], "warnings": []}, {})
+            return (
+                (400, {"errors": [{"message": "bad card"}], "warnings": []}, {})
+                if bad
+                else (200, {"errors": [], "warnings": []}, {})
+            )
         if path == "/api/repos/create":
             asked = json.loads(body)
             repo_id = asked["name"] if "/" in asked["name"] else f"{asked.get('organization') or user}/{asked['name']}"
@@ -226,8 +235,21 @@ class Hub:
             if not write:
                 return 403, {"error": f"no right to write with {token}"}, {}
             files = json.loads(body)["files"]
-            return 200, {"files": [{"path": f["path"], "uploadMode": "lfs" if self.is_lfs(f["path"]) else "regular",
-                                    "shouldIgnore": False, "oid": self.oid(history[-1]["files"].get(f["path"]), f["path"])} for f in files]}, {}
+            return (
+                200,
+                {
+                    "files": [
+                        {
+                            "path": f["path"],
+                            "uploadMode": "lfs" if self.is_lfs(f["path"]) else "regular",
+                            "shouldIgnore": False,
+                            "oid": self.oid(history[-1]["files"].get(f["path"]), f["path"]),
+                        }
+                        for f in files
+                    ]
+                },
+                {},
+            )
         if rest.startswith("commit/"):
             return self.route_commit(repo_id, history, write, [json.loads(line) for line in body.splitlines()])
         if rest.startswith(("revision/", "tree/")) or not rest:
@@ -235,14 +257,39 @@ class Hub:
             commit = self.at(history, part[1] if rest else "main")
             siblings = [{"rfilename": name} for name in commit["files"]]
             if part[0] == "tree":
-                return 200, [{"type": "file", "path": n, "size": len(c), "oid": self.oid(c, n)} for n, c in commit["files"].items()], {}
-            return 200, {"id": repo_id, "modelId": repo_id, "sha": commit["oid"], "siblings": siblings, "private": False,
-                         "disabled": False, "downloads": 0, "likes": 0, "tags": [], "gated": False}, {}
+                return (
+                    200,
+                    [
+                        {"type": "file", "path": n, "size": len(c), "oid": self.oid(c, n)}
+                        for n, c in commit["files"].items()
+                    ],
+                    {},
+                )
+            return (
+                200,
+                {
+                    "id": repo_id,
+                    "modelId": repo_id,
+                    "sha": commit["oid"],
+                    "siblings": siblings,
+                    "private": False,
+                    "disabled": False,
+                    "downloads": 0,
+                    "likes": 0,
+                    "tags": [],
+                    "gated": False,
+                },
+                {},
+            )
         if rest.startswith("resolve/"):
             _, revision, name = rest.split("/", 2)
             commit = self.at(history, revision)
             if name not in commit["files"]:
-                return 404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit["oid"]}
+                return (
+                    404,
+                    {"error": "Entry not found"},
+                    {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit["oid"]},
+                )
             content = commit["files"][name]
             return 200, content, {"X-Repo-Commit": commit["oid"], "ETag": f'"{self.oid(content, name)}"'}
         return 404, {"error": "no such thing"}, {}
@@ -263,7 +310,11 @@ class Hub:
         if not set(deletions) <= history[-1]["files"].keys():
             return 404, {"error": "cannot delete what is not there"}, {"X-Error-Code": "EntryNotFound"}
         oid = self.commit(repo_id, header["summary"], changes, deletions)
-        return 200, {"commitUrl": f"{self.url}/{repo_id}/commit/{oid}", "commitOid": oid, "hookOutput": "", "success": True}, {}
+        return (
+            200,
+            {"commitUrl": f"{self.url}/{repo_id}/commit/{oid}", "commitOid": oid, "hookOutput": "", "success": True},
+            {},
+        )
 
     @staticmethod
     def is_lfs(name):
@@ -548,9 +599,7 @@ class TestLogs:
         assert (history.history["first"], history.history["second"]) == ([22], [5])
 
     def test_nothing_is_drawn_off_a_terminal(self, keras, capfd):
-        small_model(keras).fit(
-            X, Y, verbose=1, callbacks=[KerasMetricCallback(lambda p, l: {}, (X, Y), batch_size=1)]
-        )
+        small_model(keras).fit(X, Y, verbose=1, callbacks=[KerasMetricCallback(lambda p, l: {}, (X, Y), batch_size=1)])
         assert "Evaluating" not in capfd.readouterr().err
 
 
@@ -718,7 +767,9 @@ class TestKindsOfModels:
         with pytest.raises(ValueError, match="needs a model that returns a dict"):
             evaluate(small_model(keras), (X, Y), batch_size=8, output_cols=["logits"])
 
-    @pytest.mark.parametrize("compile_args", [{}, {"run_eagerly": True}, {"jit_compile": True}, {"steps_per_execution": 3}])
+    @pytest.mark.parametrize(
+        "compile_args", [{}, {"run_eagerly": True}, {"jit_compile": True}, {"steps_per_execution": 3}]
+    )
     def test_compile_options_change_nothing(self, keras, compile_args):
         model = small_model(keras, **compile_args)
         received = []
@@ -845,7 +896,10 @@ class TestJoinBatches:
     def test_text_is_padded_with_the_empty_string(self):
         words = [np.array([["a", "b"]], object), np.array([["c"]], object)]
         assert kc.join_batches(words, -100).tolist() == [["a", "b"], ["c", ""]]
-        assert kc.join_batches([np.array([["a", "b"]]), np.array([["cde"]])], -100).tolist() == [["a", "b"], ["cde", ""]]
+        assert kc.join_batches([np.array([["a", "b"]]), np.array([["cde"]])], -100).tolist() == [
+            ["a", "b"],
+            ["cde", ""],
+        ]
 
     def test_bfloat16_is_padded(self):
         dtype = tf.bfloat16.as_numpy_dtype
@@ -914,7 +968,8 @@ class TestGenerateOfOwn:
         assert received.labels.tolist() == texts.tolist()
         data = (self.WORDS[:2], np.array([b"\xff\xfe", b"ok"], object))
         assert evaluate(self.model(keras), data, batch_size=1, predict_with_generate=True).labels.tolist() == [
-            b"\xff\xfe", "ok",
+            b"\xff\xfe",
+            "ok",
         ]
 
     def test_the_loss_is_kept_only_when_it_is_named(self, keras):
@@ -979,11 +1034,17 @@ class TestPushArguments:
 class Awaited(tf.keras.callbacks.Callback):
     """Listed after PushToHubCallback, it waits at the end of each epoch until the upload is done."""
 
-    _implements_train_batch_hooks = _implements_test_batch_hooks = _implements_predict_batch_hooks = lambda self: False
-
     def __init__(self, push):
         super().__init__()
         self.push = push
+
+    def _implements_train_batch_hooks(self):
+        return type(self).on_train_batch_end is not tf.keras.callbacks.Callback.on_train_batch_end
+
+    def _implements_test_batch_hooks(self):
+        return False
+
+    _implements_predict_batch_hooks = _implements_test_batch_hooks
 
     def on_epoch_end(self, epoch, logs=None):
         if self.push.last_job is not None:
@@ -1033,8 +1094,6 @@ class TestPush:
         push = pushing(tmp_path, save_strategy="steps", save_steps=5)  # an epoch has three batches
 
         class AwaitedBatch(Awaited):
-            _implements_train_batch_hooks = lambda self: True
-
             def on_train_batch_end(self, batch, logs=None):
                 self.on_epoch_end(0)
 
@@ -1124,7 +1183,9 @@ class TestCheckpoint:
 
         def state(model):
             variables = model.optimizer.variables
-            return [np.asarray(v.numpy()) for v in [*model.variables, *(variables() if callable(variables) else variables)]]
+            return [
+                np.asarray(v.numpy()) for v in [*model.variables, *(variables() if callable(variables) else variables)]
+            ]
 
         straight = build()
         straight.fit(self.DATA, epochs=4, verbose=0)
@@ -1212,12 +1273,18 @@ class TestCard:
         ]
         first = data.eval_results[0]
         assert (first.task_type, first.dataset_type, first.dataset_name) == (
-            "image-classification", "mnist", "Digits | of UCI",
+            "image-classification",
+            "mnist",
+            "Digits | of UCI",
         )
         assert first.dataset_config == "default"
 
     def test_the_table_has_every_epoch_and_all_columns(self, keras, tmp_path):
-        epochs = [{"loss": 1.23456}, {"loss": float("nan"), "val_loss": 0.00012346}, {"late|r": 7, "val_loss": float("inf")}]
+        epochs = [
+            {"loss": 1.23456},
+            {"loss": float("nan"), "val_loss": 0.00012346},
+            {"late|r": 7, "val_loss": float("inf")},
+        ]
         text = self.card_of(tmp_path, keras, epochs)
         table = [line for line in text.splitlines() if line.startswith("| ")]
         assert table == [
@@ -1322,3 +1389,68 @@ class TestVendoring:
             assert list(inspect.signature(function).parameters) == names.split()
 
 
+def readme_block(text):
+    """The block of Python in the README that holds this text."""
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text("utf-8"), re.DOTALL)
+    (block,) = (block for block in blocks if text in block)
+    return block
+
+
+def run_readme_block(text, folder, **names):
+    """Runs a block of the README as it stands, in an empty folder and logged in; returns its names."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("HF_TOKEN", WRITE)
+        exec(compile(readme_block(text), "README.md", "exec"), names)
+    return names
+
+
+class TestReadme:
+    def test_the_quickstart_loads_back_a_model_with_the_same_f1(self, tmp_path, capsys):
+        assert len(readme_block("load_digits").splitlines()) <= 30
+        if not KERAS3:
+            return  # TensorFlow 2.15 has no Keras 3, which the quickstart is about
+        names = run_readme_block("load_digits", tmp_path)
+        out = capsys.readouterr().out
+        last = float(re.search(r"F1 of the model loaded back: (.*)", out)[1])
+        assert names["history"].history["f1_macro"][-1] == pytest.approx(last)
+        assert last > 0.9
+
+    def test_the_block_about_resuming_runs(self, keras, tmp_path):
+        data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(8)
+        names = run_readme_block("./resumable", tmp_path, model=small_model(keras), train_dataset=data)
+        assert names["last"] == {"epoch": 1}
+        assert [row["loss"] for row in names["push"].training_history] == sorted(
+            (row["loss"] for row in names["push"].training_history), reverse=True
+        )
+
+    def test_every_option_has_a_row(self):
+        text = (HERE / "README.md").read_text("utf-8")
+        for function in (KerasMetricCallback, PushToHubCallback):
+            for name in inspect.signature(function).parameters:
+                assert name == "model_card_args" or f"| `{name}` |" in text, name
+        for name in kc.CARD_ARGS:
+            assert f"`{name}`" in text
+
+    def test_every_environment_of_tox_is_in_the_table(self):
+        config = configparser.ConfigParser()
+        config.read(HERE / "tox.ini")
+        text = (HERE / "README.md").read_text("utf-8")
+        for name in config["tox"]["env_list"].split(", "):
+            assert name == "lint" or f"`{name}`" in text, name
+
+
+def quickstart():
+    """Runs the README's quickstart against the stand-in Hub and prints what lies there afterwards."""
+    os.environ["HF_TOKEN"] = WRITE
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        exec(compile(readme_block("load_digits"), "README.md", "exec"), {})
+        os.chdir(HERE)
+    print("Commits on the Hub:", hub.commits("user/digits"))
+    for name, content in on_hub("digits").items():
+        print(f"{len(content):9,d} bytes  {name}")
+
+
+if __name__ == "__main__":
+    quickstart()
