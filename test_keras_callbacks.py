@@ -15,6 +15,7 @@ import csv
 import functools
 import hashlib
 import http.server
+import io
 import importlib.util
 import inspect
 import json
@@ -597,6 +598,28 @@ class TestLogs:
         ]
         history = small_model(keras).fit(X, Y, verbose=0, callbacks=callbacks)
         assert (history.history["first"], history.history["second"]) == ([22], [5])
+
+    @pytest.mark.parametrize(("verbose", "drawn"), [(1, True), ("auto", True), (0, False), (2, False)])
+    def test_a_long_evaluation_draws_a_bar_on_a_terminal_and_wipes_it(self, monkeypatch, verbose, drawn):
+        class Terminal(io.StringIO):
+            def isatty(self):
+                return True
+
+        terminal = Terminal()
+        monkeypatch.setattr(sys, "stderr", terminal)
+        plain_tqdm = kc.tqdm
+        delays = []
+
+        def without_delay(*args, delay, **options):
+            delays.append(delay)
+            return plain_tqdm(*args, delay=0, mininterval=0, **options)
+
+        monkeypatch.setattr(kc, "tqdm", without_delay)
+        callback = KerasMetricCallback(lambda p, l: {}, (X, Y), batch_size=1)
+        small_model(lineages()[0]).fit(X, Y, verbose=verbose, callbacks=[callback])
+        assert ("Evaluating" in terminal.getvalue()) is drawn
+        assert not "".join(terminal.getvalue().split("\r")[-2:]).strip()
+        assert delays == [2]
 
     def test_nothing_is_drawn_off_a_terminal(self, keras, capfd):
         small_model(keras).fit(X, Y, verbose=1, callbacks=[KerasMetricCallback(lambda p, l: {}, (X, Y), batch_size=1)])
