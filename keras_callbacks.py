@@ -407,7 +407,10 @@ class PushToHubCallback(_AnyKerasCallback):
         try:
             if existing.exists() and CARD_MARK not in existing.read_text("utf-8", errors="replace"):
                 return
-            card = model_card(self.model, self.hub_model_id, self._rows, self._params(), self.model_card_args)
+            card = model_card(
+                *(self.model, self.tokenizer, self.hub_model_id),
+                *(self._rows, self._params(), self.model_card_args),
+            )
             (folder / CARD).write_text(card, "utf-8")
         except Exception as error:
             logger.warning("No model card was written: %s: %s", type(error).__name__, error)
@@ -807,7 +810,7 @@ def to_arrays(batch: Any) -> Any:
         return None
     if isinstance(batch, Mapping):
         return {name: to_arrays(part) for name, part in batch.items() if part is not None}
-    if isinstance(batch, (list, tuple)) and not all(isinstance(part, (str, bytes)) for part in batch):
+    if isinstance(batch, (list, tuple)) and not (batch and isinstance(batch[0], (str, bytes))):
         kind = list if isinstance(batch, list) else tuple
         return kind(to_arrays(part) for part in batch if part is not None)
     if isinstance(batch, tf.RaggedTensor):
@@ -1029,7 +1032,7 @@ def write_model(model: Any, folder: Path) -> None:
 def save_size(model: Any, checkpoint: bool) -> int:
     """Returns the bytes that a save takes, roughly: the variables, the checkpoint's, and what is around them."""
     variables = [variable for _, variable in checkpoint_variables(model)]
-    size = sum(4096 + math.prod(variable.shape) * tf.as_dtype(variable.dtype).size for variable in variables)
+    size: int = sum(4096 + math.prod(variable.shape) * tf.as_dtype(variable.dtype).size for variable in variables)
     return (2 if checkpoint else 1) * size + 2**20
 
 
@@ -1596,104 +1599,113 @@ HUB_METRICS = {  # https://huggingface.co/metrics: the pattern that a name in th
 
 
 def model_card(
-    model: Any, repo_id: str, rows: dict[int, dict[str, Any]], params: dict[str, Any], facts: dict[str, Any]
+    model: Any,
+    tokenizer: Any,
+    repo_id: str,
+    rows: dict[int, dict[str, Any]],
+    params: dict[str, Any],
+    facts: dict[str, Any],
 ) -> str:
     """Returns the text of the model card.
 
     Args:
         model: The model as it is trained.
+        tokenizer: The tokenizer saved beside it, or None.
         repo_id: The full name of the repository.
         rows: The logs of each epoch, by epoch.
         params: The parameters that Keras tells its callbacks.
         facts: The `model_card_args` of PushToHubCallback.
     """
-    library = library_of(model)
-    tasks, tags = names_in(facts.get("tasks")), names_in(facts.get("dataset_tags"))
-    datasets = names_in(facts.get("dataset")) or tags
-    base = facts.get("finetuned_from") or getattr(getattr(model, "config", None), "_name_or_path", None)
-    base = None if base is None or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(base)) or Path(base).exists() else base
-    validation = validation_metrics(model, rows[max(rows)] if rows else {})
-    configs = names_in(facts.get("dataset_args"))
+    name, base, library = repo_id.split("/")[-1], base_model(model, facts), library_of(model)
+    last = rows[max(rows)] if rows else {}
+    origin = f"fine-tuned from [{base}](https://huggingface.co/{base})" if base else "trained from scratch"
+    data = " and ".join(map(as_text, names_in(facts.get("dataset")))) or "an unnamed data set"
+    results = "\n".join(f"- {column_title(key)}: {as_digits(value)}" for key, value in last.items())
+    left_to_author = "More information needed: only the author of this model can tell."
+    return f"""---
+{card_data(model, name, base, library, last, facts).to_yaml()}
+---
+
+{CARD_MARK} Complete the card, then remove this comment: the card is yours from then on. -->
+
+# {as_text(name)}
+
+A {type(model).__name__}, {origin} on {data}. After {len(rows)} epochs:
+
+{results or "- not evaluated"}
+
+## Model description
+
+{left_to_author}
+
+## Intended uses and limitations
+
+{left_to_author}
+
+## Training and evaluation data
+
+{left_to_author}
+
+## How to load it
+
+```python
+{loading_code(model, tokenizer, library, repo_id)}
+```
+
+## Hyperparameters
+
+{hyperparameters(model, params)}
+
+## Results by epoch
+
+{results_table(rows)}
+
+## Framework versions
+
+{framework_versions()}
+"""
+
+
+def card_data(
+    model: Any, name: str, base: str | None, library: str, last: dict[str, Any], facts: dict[str, Any]
+) -> huggingface_hub.ModelCardData:
+    """Returns the metadata of the card; `last` is the row of the last epoch."""
+    tasks, tags, datasets = (names_in(facts.get(key)) for key in ("tasks", "dataset_tags", "dataset"))
+    validation = validation_metrics(model, last)
     results = [
         huggingface_hub.EvalResult(
             task_type=task,
-            task_name=task,
-            dataset_type=tag,
-            dataset_name=name,
+            dataset_type=tag or dataset,
+            dataset_name=dataset or tag,
             dataset_config=config,
             metric_type=hub_metric(key),
             metric_name=key,
             metric_value=value,
         )
         for task in tasks
-        for name, tag, config in itertools.zip_longest(datasets, tags or datasets, configs)
-        if name is not None and tag is not None
+        for dataset, tag, config in itertools.zip_longest(datasets, tags, names_in(facts.get("dataset_args")))
+        if dataset or tag
         for key, value in validation.items()
     ]
-    data = huggingface_hub.ModelCardData(
+    return huggingface_hub.ModelCardData(
         language=names_in(facts.get("language")) or None,
         license=next(iter(names_in(facts.get("license"))), None),
         library_name=library,
-        tags=list(dict.fromkeys([*names_in(facts.get("tags")), "generated_from_keras_callback"])),
+        tags=[*names_in(facts.get("tags")), "generated_from_keras_callback"],
         base_model=base,
         datasets=tags or None,
         pipeline_tag=tasks[0] if len(tasks) == 1 and tasks[0] in HUB_TASKS else None,
         metrics=sorted({hub_metric(key) for key in validation}) or None,
-        model_name=repo_id.split("/")[-1],
+        model_name=name,
         eval_results=results or None,
     )
-    return "\n".join(
-        [
-            "---",
-            data.to_yaml(),
-            "---",
-            "",
-            f"{CARD_MARK} Complete the card, then remove this comment: the card is yours from then on. -->",
-            "",
-            f"# {as_text(repo_id.split('/')[-1])}",
-            "",
-            card_summary(model, base, datasets, rows),
-            *card_section("Model description"),
-            *card_section("Intended uses and limitations"),
-            *card_section("Training and evaluation data"),
-            "## How to load it",
-            "",
-            "```python",
-            *loading_code(model, library, repo_id),
-            "```",
-            "",
-            "## Training",
-            "",
-            "### Hyperparameters",
-            "",
-            *hyperparameters(model, rows, params),
-            "",
-            "### Results by epoch",
-            "",
-            *results_table(rows),
-            "",
-            "### Framework versions",
-            "",
-            *framework_versions(),
-            "",
-        ]
-    )
 
 
-def card_section(title: str) -> list[str]:
-    """Returns a section that only the author can write."""
-    return [f"## {title}", "", "More information needed: only the author of this model can tell.", ""]
-
-
-def card_summary(model: Any, base: Any, datasets: list[str], rows: dict[int, dict[str, Any]]) -> str:
-    """Returns what was trained on what, and the results of the last epoch."""
-    origin = f"fine-tuned from [{base}](https://huggingface.co/{base})" if base else "trained from scratch"
-    data = " and ".join(map(as_text, datasets)) or "an unnamed data set"
-    lines = [f"A {type(model).__name__} {origin}, on {data}.", ""]
-    if rows:
-        lines += [f"Results after epoch {max(rows)}, the epochs counted from 0:", ""]
-        lines += [f"- {column_title(name)}: {as_digits(value)}" for name, value in rows[max(rows)].items()] + [""]
-    return "\n".join(lines)
+def base_model(model: Any, facts: dict[str, Any]) -> str | None:
+    """Returns the model on the Hub that this one was trained from; a local path is none."""
+    name = facts.get("finetuned_from") or getattr(getattr(model, "config", None), "_name_or_path", None)
+    is_on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) and not Path(str(name)).exists()
+    return str(name) if name and is_on_hub else None
 
 
 def library_of(model: Any) -> str:
@@ -1743,56 +1755,54 @@ def as_digits(value: Any) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def hyperparameters(model: Any, rows: dict[int, dict[str, Any]], params: dict[str, Any]) -> list[str]:
-    """Returns the lines about how the model was trained."""
-    optimizer = getattr(model, "optimizer", None)
+def hyperparameters(model: Any, params: dict[str, Any]) -> str:
+    """Returns a list of how the model was trained, with the optimizer's configuration as JSON."""
     strategy = getattr(model, "distribute_strategy", None) or tf.distribute.get_strategy()
     policy = getattr(model, "dtype_policy", None) or keras_of(model).mixed_precision.global_policy()
-    lines = [
-        f"- precision: {getattr(policy, 'name', policy)}",
-        f"- epochs: {len(rows)} done of {params.get('epochs', 'an unknown number')}",
-        f"- steps per epoch: {params.get('steps') or 'unknown'}",
-        f"- batch size: {params.get('batch_size') or 'not told to callbacks'}",
-        f"- distribution: {type(strategy).__name__}, {strategy.num_replicas_in_sync} replicas in sync",
-    ]
-    if optimizer is not None:
-        config = {"class_name": type(optimizer).__name__, **optimizer.get_config()}
-        readable = json.dumps(config, indent=2, default=lambda value: plain_number(value) or str(value))
-        lines += ["- optimizer:", "", "```json", readable, "```"]
-    return lines
+    optimizer = getattr(model, "optimizer", None)
+    config = {"class_name": optimizer_name(model), **(optimizer.get_config() if optimizer else {})}
+    readable = json.dumps(config, indent=2, default=lambda value: plain_number(value) or str(value))
+    return f"""- precision: {getattr(policy, "name", policy)}
+- epochs: {params.get("epochs", "unknown")} of {params.get("steps") or "an unknown number of"} steps
+- batch size: {params.get("batch_size") or "not told to callbacks"}
+- distribution: {type(strategy).__name__}, {strategy.num_replicas_in_sync} replicas in sync
+- optimizer:
+
+```json
+{readable}
+```"""
 
 
-def results_table(rows: dict[int, dict[str, Any]]) -> list[str]:
+def results_table(rows: dict[int, dict[str, Any]]) -> str:
     """Returns a table of all epochs and the union of their columns, in the order of their first appearance."""
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     titles = ["Epoch", *map(column_title, names)]
     lines = [titles, ["---:"] * len(titles)]
     lines += [[str(epoch), *(as_digits(row.get(name)) for name in names)] for epoch, row in sorted(rows.items())]
-    return [f"| {' | '.join(cells)} |" for cells in lines]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def framework_versions() -> list[str]:
-    """Returns the versions of the libraries in use."""
+def framework_versions() -> str:
+    """Returns a list of the libraries in use and their versions."""
     libraries = ["keras", "tf_keras", "keras_hub", "transformers", "tensorflow", "jax", "torch", "numpy", "datasets"]
     loaded = {name: getattr(sys.modules.get(name), "__version__", None) for name in [*libraries, "huggingface_hub"]}
-    return [f"- {name} {version}" for name, version in loaded.items() if version]
+    return "\n".join(f"- {name} {version}" for name, version in loaded.items() if version)
 
 
-def loading_code(model: Any, library: str, repo_id: str) -> list[str]:
-    """Returns three lines of Python that load the model from the Hub."""
-    name = type(model).__name__
-    keras = keras_of(model).__name__
+def loading_code(model: Any, tokenizer: Any, library: str, repo_id: str) -> str:
+    """Returns the Python that loads the model, and its tokenizer where it has one, from the Hub."""
+    name, keras, tokens = type(model).__name__, keras_of(model).__name__, type(tokenizer).__name__
+    tokenizer_line = f'tokenizer = {tokens}.from_pretrained("{repo_id}")\n' if tokenizer is not None else ""
     return {
-        "transformers": [
-            f"from transformers import AutoTokenizer, {name}",
-            f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}")',
-            f'model = {name}.from_pretrained("{repo_id}")',
-        ],
-        "keras-hub": ["import keras_hub", "", f'model = keras_hub.models.{name}.from_preset("hf://{repo_id}")'],
-        "keras": ["import keras", "", f'model = keras.saving.load_model("hf://{repo_id}")'],
-        "tf-keras": [
-            f"import huggingface_hub, {keras}",
-            f'path = huggingface_hub.hf_hub_download("{repo_id}", "model.keras")',
-            f"model = {keras}.models.load_model(path)",
-        ],
+        "transformers": f"""from transformers import {name}{f", {tokens}" if tokenizer_line else ""}
+{tokenizer_line}model = {name}.from_pretrained("{repo_id}")""",
+        "keras-hub": f"""import keras_hub
+
+model = keras_hub.models.{name}.from_preset("hf://{repo_id}")""",
+        "keras": f"""import keras
+
+model = keras.saving.load_model("hf://{repo_id}")""",
+        "tf-keras": f"""import huggingface_hub, {keras}
+path = huggingface_hub.hf_hub_download("{repo_id}", "model.keras")
+model = {keras}.models.load_model(path)""",
     }[library]
