@@ -203,7 +203,7 @@ class KerasMetricCallback(_AnyKerasCallback):
         predict = self._predict_step()
         predictions, labels = [], []
         progress = tqdm(
-            self.eval_dataset.prefetch(tf.data.AUTOTUNE),
+            self.eval_dataset,
             desc="Evaluating",
             unit="batch",
             delay=2,  # seconds; a short evaluation shows nothing
@@ -523,7 +523,7 @@ def takes_pair(metric_fn: Any) -> bool:
 
 
 def as_dataset(data: Any, batch_size: int | None) -> Any:
-    """Returns `data` as a finite, batched tf.data.Dataset, or raises an error that says why it is none."""
+    """Returns `data` as a finite, batched and prefetching tf.data.Dataset, or raises an error that says why not."""
     if isinstance(data, tf.data.Dataset):
         cardinality = int(data.cardinality())
         if cardinality == tf.data.INFINITE_CARDINALITY:
@@ -538,7 +538,7 @@ def as_dataset(data: Any, batch_size: int | None) -> Any:
             "eval_dataset must give inputs, (inputs, labels) or (inputs, labels, sample_weight), "
             f"but its elements have {len(spec)} parts: {spec}."
         )
-    return data
+    return data.prefetch(tf.data.AUTOTUNE)
 
 
 def batched(data: Any, batch_size: int | None) -> Any:
@@ -987,7 +987,7 @@ def xla_generate(generate: Callable[[Any, dict[str, Any]], Any]) -> Callable[[An
             return compiled(main, others)
 
         def fill(column: Any) -> Any:
-            return tf.concat([column, tf.repeat(column[-1:], full - size, axis=0)], axis=0)
+            return tf.constant(np.pad(column, [(0, full - size)] + [(0, 0)] * (column.ndim - 1), mode="edge"))
 
         generated = compiled(*tf.nest.map_structure(fill, (main, others)))
         # (full * sequences per example, ...): what generate returns may hold several for each example
@@ -1145,15 +1145,17 @@ class Workspace:
 
     def __init__(self, parent: Path) -> None:
         parent_lock = lock_folder(parent, wait=True)  # nobody removes what is not locked yet
-        for leftover in parent.glob(WORKSPACE_PREFIX + "*"):
-            lock = lock_folder(leftover, wait=False)
-            if lock is not None:
-                shutil.rmtree(leftover, ignore_errors=True)
-                os.close(lock)
-        self.folder = Path(tempfile.mkdtemp(prefix=WORKSPACE_PREFIX, dir=parent))
-        self._lock = lock_folder(self.folder, wait=False)
-        if parent_lock is not None:
-            os.close(parent_lock)
+        try:
+            for leftover in parent.glob(WORKSPACE_PREFIX + "*"):
+                lock = lock_folder(leftover, wait=False)
+                if lock is not None:
+                    shutil.rmtree(leftover, ignore_errors=True)
+                    os.close(lock)
+            self.folder = Path(tempfile.mkdtemp(prefix=WORKSPACE_PREFIX, dir=parent))
+            self._lock = lock_folder(self.folder, wait=False)
+        finally:
+            if parent_lock is not None:
+                os.close(parent_lock)
         self.staged = self.folder / "staged"
         self.staged.mkdir()
         self.snapshot = self.folder / "snapshot"
