@@ -18,6 +18,7 @@ import contextlib
 import copy
 import email.utils
 import enum
+import errno
 import fnmatch
 import functools
 import html
@@ -1162,8 +1163,10 @@ class Workspace:
 
     def reserve(self, size: int) -> None:
         """Raises an OSError where so many bytes cannot be written: HDF5 crashes the process on a full disk."""
-        with tempfile.TemporaryFile(dir=self.folder) as file:
-            if hasattr(os, "posix_fallocate"):
+        if shutil.disk_usage(self.folder).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder))
+        if hasattr(os, "posix_fallocate"):  # knows of quotas and limits too
+            with tempfile.TemporaryFile(dir=self.folder) as file:
                 os.posix_fallocate(file.fileno(), 0, size)
 
     def publish(self, names: set[str], output_dir: Path, obsolete: set[str]) -> None:

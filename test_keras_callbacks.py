@@ -12,30 +12,32 @@ import configparser
 import contextlib
 import copy
 import csv
+import email.utils
 import functools
 import hashlib
 import http.server
-import io
 import importlib.util
 import inspect
+import io
+import itertools
 import json
 import logging
 import math
 import os
 import pathlib
+import pickle
 import random
 import re
-import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
-import time
+import traceback
 import types
 import urllib.parse
-import warnings
 
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -1374,6 +1376,1081 @@ class TestCard:
         assert "README.md" not in on_hub()
         assert "No model card was written: ZeroDivisionError: odd" in caplog.text
         np.testing.assert_array_equal(load(keras, download(tmp_path / "d")).get_weights()[0], model.get_weights()[0])
+
+
+FIRST = lineages()[0]  # what is about the Hub alone is tested with one Keras package
+
+
+@pytest.fixture(scope="module")
+def model():
+    """One compiled model for all tests about the Hub: each fit goes on where the one before ended."""
+    model = small_model(FIRST)
+    model.fit(X, Y, verbose=0)
+    return model
+
+
+@pytest.fixture
+def repo(tmp_path):
+    """A name of its own, so that a request that a test left behind never meets another test's repository."""
+    return tmp_path.name
+
+
+def train(model, *callbacks, epochs=1, **options):
+    return model.fit(X, Y, epochs=epochs, verbose=0, callbacks=list(callbacks), **options)
+
+
+def at_epoch_end(action):
+    """A callback that calls the action with each epoch that ends; list it after the one that pushes."""
+    return FIRST.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: action(epoch))
+
+
+def assert_same_weights(folder, model):
+    for loaded, expected in zip(load(FIRST, folder).get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(loaded, expected)
+
+
+def asked(stage):
+    """How many requests of a stage the stand-in has got."""
+    return sum(kind == stage for kind, _ in hub.requests)
+
+
+class Clock:
+    """Time that passes only while somebody waits for the next try."""
+
+    def __init__(self, monkeypatch, stage):
+        self.seconds, self.stage = 0.0, stage
+        self.waits = collections.Counter()  # seconds waited after so many requests of the stage
+        monkeypatch.setattr(kc, "now", lambda: self.seconds)
+        monkeypatch.setattr(kc, "wait_for", self.wait_for)
+
+    def wait_for(self, event, seconds):
+        self.waits[asked(self.stage)] += seconds
+        self.seconds += seconds
+
+
+# The client itself waits a second before it repeats these, so there are fewer of them.
+STAGES_THE_CLIENT_REPEATS = ("preupload", "batch", "lfs")
+PASSING = [
+    (stage, kind)
+    for stage in ("info", "preupload", "batch", "lfs", "commit")
+    for kind in (500, 503, 429, 408, "drop", "hang", "lost")
+    if stage not in STAGES_THE_CLIENT_REPEATS or kind in (503, "hang") or (stage == "lfs" and kind in (429, "drop"))
+] + [("commit", status) for status in (409, 412, 423, 425)]
+REFUSALS = [("info", 404), ("preupload", 403), ("batch", 403), ("lfs", 403), ("lfs", 413), ("commit", 401)]
+REFUSALS += [("commit", 413)]
+
+
+class TestFaults:
+    @pytest.mark.parametrize(("stage", "kind"), PASSING)
+    def test_a_fault_that_passes_costs_the_final_state_nothing(self, model, tmp_path, repo, monkeypatch, stage, kind):
+        callback = pushing(tmp_path, repo, save_strategy="no")
+        monkeypatch.setattr(kc, "REQUEST_SECONDS", 0.5 if kind == "hang" else 20.0)
+        fault = hub.add_fault(stage, kind)
+        train(model, callback)
+        assert fault.reached.is_set()
+        assert hub.commits(f"user/{repo}") == ["End of training"]
+        assert_same_weights(download(tmp_path / "downloaded", repo), model)
+        assert_same_weights(tmp_path / repo, model)
+
+    @pytest.mark.parametrize(("stage", "kind"), [c for c in PASSING if c[0] in ("info", "commit") or c == ("lfs", 503)])
+    def test_a_save_during_training_is_tried_again(self, model, tmp_path, repo, monkeypatch, stage, kind):
+        callback = pushing(tmp_path, repo)
+        monkeypatch.setattr(kc, "REQUEST_SECONDS", 0.5 if kind == "hang" else 20.0)
+        fault = hub.add_fault(stage, kind)
+        train(model, callback, at_epoch_end(lambda epoch: callback.last_job.result(timeout=60)))
+        assert fault.reached.is_set()
+        assert hub.commits(f"user/{repo}")[0] == "Training in progress, epoch 0"
+        assert hub.commits(f"user/{repo}")[1:] in ([], ["End of training"])  # nothing new, nothing to commit
+        assert_same_weights(download(tmp_path / "downloaded", repo), model)
+        assert_same_weights(tmp_path / repo, model)
+
+    @pytest.mark.parametrize(("stage", "status"), REFUSALS)
+    def test_a_refusal_is_not_repeated_for_the_same_save(self, model, tmp_path, repo, caplog, stage, status):
+        callback = pushing(tmp_path, repo)
+        fault = hub.add_fault(stage, status, times=1)
+        train(model, callback, at_epoch_end(lambda epoch: callback.last_job.exception(timeout=60)))
+        warning = next(r for r in caplog.records if r.name == "keras_callbacks" and r.levelname == "WARNING")
+        assert str(status) in warning.getMessage()
+        assert fault.times == 0
+        assert hub.commits(f"user/{repo}") == ["End of training"]
+        assert_same_weights(download(tmp_path / "downloaded", repo), model)
+
+    @pytest.mark.parametrize(("stage", "status"), REFUSALS)
+    def test_a_refused_final_state_ends_at_once_with_the_documented_warning(
+        self, model, tmp_path, repo, caplog, stage, status
+    ):
+        callback = pushing(tmp_path, repo, save_strategy="no")
+        before = asked(stage)
+        hub.add_fault(stage, status, times=1000)
+        with pytest.warns(UserWarning, match="could not be pushed") as warned:
+            history = train(model, callback)
+        assert len(history.history["loss"]) == 1
+        assert asked(stage) - before == 1
+        assert kc.status_of(callback.last_job.exception()) == status
+        error = next(r.getMessage() for r in caplog.records if r.levelname == "ERROR" and r.name == "keras_callbacks")
+        told = next(str(w.message) for w in warned if "could not be pushed" in str(w.message))
+        for message in (error, told):
+            assert str(status) in message and str(tmp_path / repo) in message
+            assert re.search(rf"(hf|huggingface-cli) upload user/{repo} ", message)
+        assert_same_weights(tmp_path / repo, model)
+
+    @pytest.mark.parametrize(
+        ("stage", "kind"),
+        [("info", 500), ("commit", 503), ("commit", "drop"), ("any", "down")]
+        + [(stage, "hang") for stage in ("preupload", "lfs", "commit")],
+    )
+    def test_fit_returns_normally_when_the_final_state_cannot_be_pushed(
+        self, model, tmp_path, repo, caplog, monkeypatch, stage, kind
+    ):
+        callback = pushing(tmp_path, repo, save_strategy="no")
+        monkeypatch.setattr(kc, "FINAL_SECONDS", 0.7)
+        monkeypatch.setattr(kc, "REQUEST_SECONDS", 0.3 if kind == "hang" else 20.0)
+        hub.down = kind == "down"
+        hub.add_fault(stage, kind, times=1000)
+        with pytest.warns(UserWarning, match=rf"could not be pushed(.|\n)*upload user/{repo} "):
+            history = train(model, callback)
+        assert len(history.history["loss"]) == 1
+        assert callback.last_job.exception() is not None
+        assert [r for r in caplog.records if r.levelname == "ERROR" and str(tmp_path / repo) in r.getMessage()]
+        assert_same_weights(tmp_path / repo, model)
+
+    def test_a_try_that_wakes_up_late_does_not_undo_the_newer_state(self, model, tmp_path, repo, monkeypatch):
+        callback = pushing(tmp_path, repo)
+        monkeypatch.setattr(kc, "REQUEST_SECONDS", 0.5)
+        late = hub.add_fault("commit", "wait")
+        train(model, callback)
+        before = hub.commits(f"user/{repo}")
+        answers = asked("commit")
+        late.release.set()
+        monkeypatch.setattr(kc, "REQUEST_SECONDS", 20.0)
+        train(model, callback)
+        assert answers >= 2
+        assert hub.commits(f"user/{repo}")[: len(before)] == before
+        assert_same_weights(download(tmp_path / "downloaded", repo), model)
+
+    def test_a_save_that_is_given_up_warns_once_and_the_next_save_is_pushed(
+        self, model, tmp_path, repo, caplog, monkeypatch
+    ):
+        callback = pushing(tmp_path, repo)
+        clock = Clock(monkeypatch, "commit")
+        fault = hub.add_fault("commit", 503, times=1000)
+
+        def after(epoch):
+            if epoch == 0:
+                callback.last_job.exception(timeout=60)
+                fault.times = 0
+            else:
+                callback.last_job.result(timeout=60)
+
+        train(model, callback, at_epoch_end(after), epochs=2)
+        warned = [r.getMessage() for r in caplog.records if r.name == "keras_callbacks"]
+        assert len(warned) == 1 and "epoch 0" in warned[0] and "503" in warned[0]
+        assert clock.seconds <= kc.BACKGROUND_SECONDS
+        assert hub.commits(f"user/{repo}")[0] == "Training in progress, epoch 1"
+
+    @pytest.mark.parametrize("strategy", ["epoch", "no"])
+    def test_a_hub_that_comes_up_again_gets_the_state(self, model, tmp_path, repo, monkeypatch, strategy):
+        callback = pushing(tmp_path, repo, save_strategy=strategy)
+        hub.down = True
+        tries = []
+
+        def third_try(event, seconds):
+            tries.append(seconds)
+            hub.down = len(tries) < 3
+
+        monkeypatch.setattr(kc, "wait_for", third_try)
+        train(model, callback, at_epoch_end(lambda epoch: strategy == "no" or callback.last_job.result(timeout=60)))
+        assert len(tries) >= 3
+        assert_same_weights(download(tmp_path / "downloaded", repo), model)
+
+    @pytest.mark.parametrize("when", ["background", "final"])
+    def test_waits_grow_exponentially_with_jitter_up_to_the_limit(self, model, tmp_path, repo, monkeypatch, when):
+        monkeypatch.setattr(kc, "FIRST_WAIT", 1.0)
+        monkeypatch.setattr(kc, "BACKGROUND_SECONDS", 60.0)
+        monkeypatch.setattr(kc, "FINAL_SECONDS", 300.0)
+        callback = pushing(tmp_path, repo)
+        drive(callback, model)
+        clock = Clock(monkeypatch, "commit")
+        hub.add_fault("commit", 500, times=1000)
+        if when == "final":
+            with pytest.warns(UserWarning, match="could not be pushed"):
+                callback.on_train_end()
+        else:
+            callback.on_epoch_end(0, {})
+            callback.last_job.exception(timeout=60)
+        factors = [clock.waits[tries] / 2 ** (tries - 1) for tries in sorted(clock.waits)]
+        assert all(1 <= factor <= 2 for factor in factors)
+        assert len(set(factors)) > 1
+        limit = 300 if when == "final" else 60
+        assert limit / 4 < clock.seconds <= limit
+
+    @pytest.mark.parametrize(
+        ("status", "header"), [(429, "7"), (503, "7"), (429, email.utils.formatdate(2e9, usegmt=True))]
+    )
+    def test_retry_after_is_honoured(self, model, tmp_path, repo, monkeypatch, status, header):
+        monkeypatch.setattr(kc, "FINAL_SECONDS", 3e9)
+        callback = pushing(tmp_path, repo, save_strategy="no")
+        clock = Clock(monkeypatch, "commit")
+        hub.add_fault("commit", status, headers={"Retry-After": header})
+        if header != "7":
+            monkeypatch.setattr(kc.time, "time", lambda: 2e9 - 90)
+        drive(callback, model)
+        callback.on_train_end()
+        assert clock.waits == {1: pytest.approx(7 if header == "7" else 90)}
+        assert hub.commits(f"user/{repo}") == ["End of training"]
+
+    def test_a_retry_after_beyond_the_limit_gives_the_save_up(self, model, tmp_path, repo, monkeypatch, caplog):
+        callback = pushing(tmp_path, repo)
+        clock = Clock(monkeypatch, "commit")
+        hub.add_fault("commit", 429, headers={"Retry-After": "86400"})
+        drive(callback, model)
+        callback.on_epoch_end(0, {})
+        assert kc.status_of(callback.last_job.exception(timeout=60)) == 429
+        assert clock.seconds == 0
+        callback.on_train_end()
+        assert hub.commits(f"user/{repo}") == ["End of training"]
+
+
+def drive(callback, model):
+    """Begins a training whose hooks the test calls itself."""
+    callback.set_model(model)
+    callback.set_params({"verbose": 0, "epochs": 1})
+    callback.on_train_begin()
+
+
+GENERATED = "<!-- Generated by keras_callbacks."
+
+
+class TestOthers:
+    HUMAN = b"---\nlicense: mit\n---\n# Written by a human\n"
+
+    def human_edits_on_hub(self, repo, name="README.md", content=HUMAN):
+        hub.commit(f"user/{repo}", "Update README.md", {name: content})
+
+    def pushed(self, callback):
+        """Drives one epoch's end and waits for its upload."""
+        callback.on_epoch_end(len(callback.training_history), {"loss": 0.5 / (1 + len(callback.training_history))})
+        return callback.last_job.result(timeout=60)
+
+    @pytest.fixture
+    def callback(self, tmp_path, repo, model):
+        callback = pushing(tmp_path, repo, checkpoint=True)
+        drive(callback, model)
+        return callback
+
+    def test_a_humans_card_on_the_hub_stays_through_all_later_saves(self, callback, repo):
+        self.pushed(callback)
+        self.human_edits_on_hub(repo)
+        self.pushed(callback)
+        self.pushed(callback)
+        callback.on_train_end()
+        assert on_hub(repo)["README.md"] == self.HUMAN
+
+    def test_a_humans_card_on_the_hub_from_before_the_run_stays(self, tmp_path, repo, model):
+        hub.commit(f"user/{repo}", "initial commit", {})
+        self.human_edits_on_hub(repo)
+        callback = pushing(tmp_path, repo)
+        drive(callback, model)
+        self.pushed(callback)
+        self.pushed(callback)
+        callback.on_train_end()
+        assert on_hub(repo)["README.md"] == self.HUMAN
+
+    def test_a_humans_local_card_is_left_as_it_is_and_pushed(self, callback, tmp_path, repo):
+        self.pushed(callback)
+        (tmp_path / repo / "README.md").write_bytes(self.HUMAN)
+        self.pushed(callback)
+        callback.on_train_end()
+        assert (tmp_path / repo / "README.md").read_bytes() == self.HUMAN == on_hub(repo)["README.md"]
+
+    def test_the_card_on_the_hub_wins_where_a_human_edited_both(self, callback, tmp_path, repo):
+        self.pushed(callback)
+        local = self.HUMAN.replace(b"human", b"local human")
+        (tmp_path / repo / "README.md").write_bytes(local)
+        self.human_edits_on_hub(repo)
+        self.pushed(callback)
+        self.pushed(callback)
+        assert on_hub(repo)["README.md"] == self.HUMAN
+        assert (tmp_path / repo / "README.md").read_bytes() == local
+
+    @pytest.mark.parametrize("stage", ["info", "preupload", "lfs", "commit"])
+    def test_an_edit_that_lands_during_an_upload_is_kept(self, callback, tmp_path, repo, model, stage):
+        self.pushed(callback)
+        train(model)
+        fault = hub.add_fault(stage, "wait")
+        callback.on_epoch_end(1, {"loss": 0.1})
+        assert fault.reached.wait(60)
+        self.human_edits_on_hub(repo)
+        fault.release.set()
+        callback.last_job.result(timeout=60)
+        callback.on_train_end()
+        assert on_hub(repo)["README.md"] == self.HUMAN
+        assert_same_weights(download(tmp_path / "downloaded", repo), model)
+
+    def test_files_on_the_hub_that_this_run_did_not_write_stay(self, callback, repo):
+        self.pushed(callback)
+        self.human_edits_on_hub(repo, "notes/results.md", b"mine")
+        self.pushed(callback)
+        callback.on_train_end()
+        assert on_hub(repo)["notes/results.md"] == b"mine"
+        assert ".gitattributes" in on_hub(repo)
+
+    def test_files_that_only_an_earlier_save_wrote_go_with_the_commit_that_replaces_them(self, tmp_path, repo, model):
+        shards = [["vocab.json", "old/part-1.txt", "old/part-2.txt"], ["vocab.json"]]
+
+        class Tokenizer:
+            def save_pretrained(self, folder):
+                for name in shards[0]:
+                    path = pathlib.Path(folder, name)
+                    path.parent.mkdir(exist_ok=True)
+                    path.write_text(f"{name} of {len(shards)}")
+
+        callback = pushing(tmp_path, repo, tokenizer=Tokenizer())
+        drive(callback, model)
+        self.pushed(callback)
+        (tmp_path / repo / "old" / "mine.txt").write_text("mine")
+        before = set(on_hub(repo))
+        del shards[0]
+        self.pushed(callback)
+        assert set(on_hub(repo)) == before - {"old/part-1.txt", "old/part-2.txt"} | {"old/mine.txt"}
+        assert hub.commits(f"user/{repo}") == [f"Training in progress, epoch {epoch}" for epoch in (0, 1)]
+        assert sorted(p.name for p in (tmp_path / repo / "old").iterdir()) == ["mine.txt"]
+
+    @pytest.mark.parametrize("name", ["events.out.tfevents.1", "logs/growing.h5"])
+    def test_a_file_that_grows_during_the_upload_does_not_break_it(self, callback, tmp_path, repo, name):
+        path = tmp_path / repo / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"begin ")
+        faults = [hub.add_fault(stage, "wait") for stage in ("preupload", "commit")]
+        callback.on_epoch_end(0, {"loss": 0.5})
+        for fault in faults:
+            assert fault.reached.wait(60)
+            with path.open("ab") as file:
+                file.write(b"more " * 1000)
+            fault.release.set()
+        callback.last_job.result(timeout=60)
+        assert on_hub(repo)[name] == b"begin "
+        self.pushed(callback)
+        assert on_hub(repo)[name] == path.read_bytes()
+
+    @pytest.mark.parametrize("folder", [".", "logs", "logs/deeper"])
+    @pytest.mark.parametrize(
+        "name",
+        [".env", ".env.local", ".Env", ".git/config", ".netrc", "_netrc", ".cache/x", "my.pem", "token", "a/token"],
+    )
+    def test_credentials_and_caches_are_not_pushed(self, folder, name, tmp_path, repo):
+        callback = pushing(tmp_path, repo)
+        path = tmp_path / repo / folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("secret")
+        (path.parent / "plain.txt").symlink_to(path)
+        names = {found for found, _ in kc.files_below(callback.output_dir)}
+        assert names == set()
+
+    def test_no_content_of_a_credential_reaches_the_hub(self, callback, tmp_path, repo):
+        folder = tmp_path / repo
+        (folder / "logs").mkdir()
+        for name in (".env", "logs/.netrc", "logs/token", "my.pem"):
+            (folder / name).write_text("the password")
+        (folder / ".git").mkdir()
+        (folder / ".git" / "config").write_text("the password")
+        (folder / "settings.txt").symlink_to(folder / ".env")
+        (folder / "history").symlink_to(folder / ".git", target_is_directory=True)
+        (folder / "innocent.txt").write_text("hello")
+        self.pushed(callback)
+        assert on_hub(repo)["innocent.txt"] == b"hello"
+        assert not [name for name, content in on_hub(repo).items() if b"the password" in content]
+
+    def test_links_are_followed_only_where_they_stay_inside(self, callback, tmp_path, repo):
+        folder, outside = tmp_path / repo, tmp_path / "outside"
+        outside.mkdir()
+        (outside / "private.txt").write_text("private")
+        (folder / "real").mkdir()
+        (folder / "real" / "a.txt").write_text("inside")
+        for name, target in {
+            "out.txt": outside / "private.txt", "out": outside, "up": tmp_path, "loop": folder, "self": folder / "self",
+            "gone": folder / "nothing", "real/back": folder / "real", "linked.txt": folder / "real" / "a.txt",
+            "alias": folder / "real",
+        }.items():  # fmt: skip
+            (folder / name).symlink_to(target)
+        self.pushed(callback)
+        texts = {name: content for name, content in on_hub(repo).items() if content in (b"private", b"inside")}
+        assert texts == dict.fromkeys(["real/a.txt", "linked.txt", "alias/a.txt"], b"inside")
+
+    @pytest.mark.parametrize(("token", "owner"), [("hf_read", "user"), (WRITE, "other"), ("hf_wrong", "user")])
+    def test_a_token_that_may_not_write_is_refused_at_construction_without_a_commit(self, tmp_path, token, owner):
+        hub.commit(f"{owner}/taken", "initial commit", {"a.txt": b"a"})
+        with pytest.raises(huggingface_hub.utils.HfHubHTTPError) as raised:
+            PushToHubCallback(tmp_path / "taken", hub_model_id=f"{owner}/taken", hub_token=token)
+        assert kc.status_of(raised.value) in (401, 403)
+        assert hub.commits(f"{owner}/taken") == []
+        assert token not in "".join(traceback.format_exception(raised.value)) + repr(raised.value)
+
+    def test_a_new_repository_in_somebody_elses_name_is_refused_at_construction(self, tmp_path):
+        with pytest.raises(huggingface_hub.utils.HfHubHTTPError):
+            PushToHubCallback(tmp_path / "new", hub_model_id="other/new", hub_token=WRITE)
+
+    def test_the_card_that_the_hub_refuses_does_not_block_the_weights(self, model, tmp_path, repo, caplog):
+        callback = pushing(tmp_path, repo, tags=["REFUSE"])
+        drive(callback, model)
+        self.pushed(callback)
+        assert "README.md" not in on_hub(repo)
+        assert_same_weights(download(tmp_path / "downloaded", repo), model)
+        assert any("without the model card" in r.getMessage() for r in caplog.records)
+
+
+class TestToken:
+    """The token, which the stand-in echoes in its errors, stays out of everything that the module writes."""
+
+    SECRET = "hf_secretSECRETsecret"
+
+    @pytest.fixture(autouse=True)
+    def known_token(self, monkeypatch):
+        monkeypatch.setattr(hub, "TOKENS", {**hub.TOKENS, self.SECRET: ("user", "write")})
+
+    def echo(self, stage, status, times=1000):
+        text = f"no right with Bearer {self.SECRET}"
+        headers = {"X-Error-Message": text, "X-Request-Id": self.SECRET}
+        return hub.add_fault(stage, status, times, headers=headers, body=json.dumps({"error": text}).encode())
+
+    @pytest.mark.parametrize(
+        ("stage", "status"),
+        [("info", 403), ("info", 404), ("preupload", 403), ("batch", 400)]
+        + [("lfs", 403), ("commit", 401), ("commit", 500), ("yaml", 403)],
+    )
+    def test_is_in_no_message_about_a_failed_push(
+        self, model, tmp_path, repo, caplog, capfd, monkeypatch, stage, status
+    ):
+        monkeypatch.setattr(kc, "FINAL_SECONDS", 0.0)
+        monkeypatch.setattr(kc, "BACKGROUND_SECONDS", 0.0)
+        callback = PushToHubCallback(tmp_path / repo, hub_token=self.SECRET)
+        drive(callback, model)
+        callback.set_params({"verbose": 1})
+        self.echo(stage, status)
+        with caplog.at_level(logging.DEBUG, "keras_callbacks"):
+            callback.on_epoch_end(0, {"loss": 1.0})
+            background = callback.last_job.exception(timeout=60)
+            with pytest.warns(UserWarning, match="could not be pushed") as warned:
+                callback.on_train_end()
+        written = [r.getMessage() for r in caplog.records if r.name == "keras_callbacks"]
+        assert len(written) >= 2
+        written += [str(w.message) for w in warned] + list(capfd.readouterr()) + [repr(callback), str(vars(callback))]
+        for error in (background, callback.last_job.exception()):
+            written += traceback.format_exception(error) + [repr(e) + str(e) + str(e.args) for e in kc.causes(error)]
+        assert [text for text in written if self.SECRET in text] == []
+
+    def test_is_in_no_file_and_no_commit(self, model, tmp_path, repo, monkeypatch):
+        monkeypatch.setenv("HF_TOKEN", self.SECRET)
+        callback = PushToHubCallback(tmp_path / repo, hub_token=self.SECRET, checkpoint=True)
+        train(model, callback)
+        contents = [p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()]
+        contents += [json.dumps(hub.commits(f"user/{repo}")).encode(), *on_hub(repo).values()]
+        assert len(contents) > 5
+        assert not [content for content in contents if self.SECRET.encode() in content]
+
+    @pytest.mark.parametrize("stage", ["create", "preupload"])
+    def test_is_not_in_the_error_at_construction(self, tmp_path, repo, stage):
+        self.echo(stage, 403)
+        with pytest.raises(huggingface_hub.utils.HfHubHTTPError) as raised:
+            PushToHubCallback(tmp_path / repo, hub_token=self.SECRET)
+        assert self.SECRET not in "".join(traceback.format_exception(raised.value)) + repr(raised.value)
+
+    @pytest.mark.parametrize("status", [401, 403, 404])
+    def test_is_not_in_the_error_of_load_repo_checkpoint(self, model, repo, status):
+        self.echo("info", status)
+        with pytest.raises(Exception) as raised:
+            load_repo_checkpoint(model, f"user/{repo}", token=self.SECRET)
+        assert self.SECRET not in "".join(traceback.format_exception(raised.value)) + repr(raised.value)
+
+
+@contextlib.contextmanager
+def full_disk(room):
+    """As if the disk had room for so many bytes in each file: writing beyond them is an OSError."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class BrittleTokenizer:
+    """Writes two files, or fails between them."""
+
+    broken = False
+
+    def save_pretrained(self, folder):
+        pathlib.Path(folder, "a_vocab.txt").write_text("half")
+        if self.broken:
+            raise OSError("the vocabulary is gone")
+        pathlib.Path(folder, "b_vocab.txt").write_text("whole")
+
+
+class TestSavingFails:
+    @pytest.fixture
+    def callback(self, tmp_path, repo, model):
+        callback = pushing(tmp_path, repo, checkpoint=True, tokenizer=BrittleTokenizer())
+        drive(callback, model)
+        callback.on_epoch_end(0, {"loss": 0.5})
+        callback.last_job.result(timeout=60)
+        return callback
+
+    def assert_untouched_and_usable(self, callback, before, model, tmp_path, repo):
+        assert contents(callback.output_dir) == before
+        callback.on_epoch_end(2, {"loss": 0.25})
+        callback.on_train_end()
+        assert callback.last_job.exception() is None
+        assert_same_weights(download(tmp_path / "downloaded", repo), model)
+
+    def test_a_tokenizer_that_cannot_be_written_is_named(self, callback, tmp_path, repo, model):
+        before = contents(callback.output_dir)
+        callback.tokenizer.broken = True
+        with pytest.raises(RuntimeError, match=rf"write the tokenizer to .*{repo}: OSError: the vocabulary is gone"):
+            callback.on_epoch_end(1, {})
+        callback.tokenizer.broken = False
+        self.assert_untouched_and_usable(callback, before, model, tmp_path, repo)
+
+    def test_a_full_disk_is_named(self, callback, tmp_path, repo, model):
+        before = contents(callback.output_dir)
+        with full_disk(room=3000), pytest.raises(RuntimeError, match=rf"write the model to .*{repo}: .*File too large"):
+            callback.on_epoch_end(1, {})
+        self.assert_untouched_and_usable(callback, before, model, tmp_path, repo)
+
+    def test_a_model_that_cannot_be_serialised_is_named(self, keras, tmp_path, repo):
+        class Stubborn(keras.layers.Layer):
+            def call(self, inputs):
+                return inputs
+
+            def get_config(self):
+                raise NotImplementedError("no config of mine")
+
+        model = keras.Sequential([keras.layers.Input((4,)), Stubborn(), keras.layers.Dense(3)])
+        model.compile("adam", "mse")
+        with pytest.raises(RuntimeError, match=rf"write the model to .*{repo}: .*no config of mine"):
+            model.fit(X, X[:, :3], verbose=0, callbacks=[pushing(tmp_path, repo)])
+        assert contents(tmp_path / repo) == {}
+
+    @pytest.mark.parametrize("instead", ["nothing", "a file"])
+    def test_a_folder_that_is_gone_is_named(self, callback, repo, instead):
+        shutil.rmtree(callback.output_dir)
+        if instead == "a file":
+            callback.output_dir.write_text("in the way")
+        with pytest.raises(RuntimeError, match=rf"Could not write .*{repo}"):
+            callback.on_epoch_end(1, {})
+
+    def test_a_folder_in_the_place_of_a_file_leaves_the_other_files(self, callback, repo):
+        (callback.output_dir / "b_vocab.txt").unlink()
+        (callback.output_dir / "b_vocab.txt").mkdir()
+        before = contents(callback.output_dir)
+        with pytest.raises(RuntimeError, match=rf"Could not write .*{repo}"):
+            callback.on_epoch_end(1, {})
+        assert contents(callback.output_dir) == before
+
+    @pytest.mark.parametrize("when", ["epoch", "end"])
+    def test_a_snapshot_that_cannot_be_made_is_a_failed_push_only(
+        self, callback, monkeypatch, model, tmp_path, repo, caplog, when
+    ):
+        monkeypatch.setattr(kc, "FINAL_SECONDS", 0.1)
+        monkeypatch.setattr(kc, "BACKGROUND_SECONDS", 0.1)
+        (callback.output_dir / "large.bin").write_bytes(bytes(9_000_000))
+        with full_disk(room=8_000_000):
+            if when == "end":
+                with pytest.warns(UserWarning, match="could not be pushed"):
+                    callback.on_train_end()
+            else:
+                callback.on_epoch_end(1, {})
+                callback.last_job.exception(timeout=60)
+        assert "File too large" in str(callback.last_job.exception(timeout=60))
+        assert any("File too large" in r.getMessage() for r in caplog.records)
+        assert_same_weights(callback.output_dir, model)
+        callback.on_epoch_end(2, {})
+        callback.last_job.result(timeout=60)
+        assert on_hub(repo)["large.bin"] == bytes(9_000_000)
+
+
+def rewritten(archive, **changes):
+    """Rewrites members of an npz file; None removes one."""
+    with np.load(archive, allow_pickle=False) as members:
+        arrays = {**dict(members), **changes}
+    np.savez(archive, **{name: array for name, array in arrays.items() if array is not None})
+
+
+def rejson(file, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+class Trap:
+    """Leaves a trace where it is unpickled."""
+
+    def __reduce__(self):
+        return exec, ("import os; os.environ['UNPICKLED'] = 'yes'",)
+
+
+class TestUntrustedCheckpoint:
+    DAMAGES = {
+        "an archive cut in half": lambda npz, state: npz.write_bytes(npz.read_bytes()[: npz.stat().st_size // 2]),
+        "an archive cut at its end": lambda npz, state: npz.write_bytes(npz.read_bytes()[:-30]),
+        "a flipped byte": lambda npz, state: npz.write_bytes(
+            npz.read_bytes()[:400] + bytes([npz.read_bytes()[400] ^ 255]) + npz.read_bytes()[401:]
+        ),
+        "no archive": lambda npz, state: npz.write_bytes(b""),
+        "a pickle": lambda npz, state: npz.write_bytes(pickle.dumps(Trap())),
+        "a pickle inside": lambda npz, state: rewritten(npz, **{"model.0": np.array([Trap()], dtype=object)}),
+        "the beginning of another format": lambda npz, state: npz.write_bytes(b"\x93NUMPY"),
+        "no epoch beside the weights": lambda npz, state: rewritten(npz, epoch=None),
+        "another epoch beside the weights": lambda npz, state: rewritten(npz, epoch=np.array(5)),
+        "several epochs": lambda npz, state: rewritten(npz, epoch=np.array([0, 0])),
+        "half an epoch": lambda npz, state: rewritten(npz, epoch=np.array(0.5)),
+        "a variable too few": lambda npz, state: rewritten(npz, **{"model.1": None}),
+        "a variable too many": lambda npz, state: rewritten(npz, **{"model.2": np.zeros(1)}),
+        "another shape": lambda npz, state: rewritten(npz, **{"model.1": np.zeros(4, "float32")}),
+        "another dtype": lambda npz, state: rewritten(npz, **{"model.1": np.zeros(3, "int32")}),
+        "no JSON": lambda npz, state: state.write_text('{"epoch": 0, '),
+        "JSON that is no object": lambda npz, state: state.write_text("[0]"),
+        "bytes that are no text": lambda npz, state: state.write_bytes(b"\xff\xfe\x00"),
+        "no epoch": lambda npz, state: state.write_text("{}"),
+        **{
+            f"the epoch {value!r}": lambda npz, state, value=value: rejson(state, epoch=value)
+            for value in (-1, 1, "0", 0.5, None, True, [0], 10**30, math.nan)
+        },
+        "a negative epoch throughout": lambda npz, state: (
+            rewritten(npz, epoch=np.array(-1)), rejson(state, epoch=-1, history={"-1": {}})
+        ),
+        "a history that is none": lambda npz, state: rejson(state, history=[1, 2]),
+        "no history": lambda npz, state: rejson(state, history={}),
+    }  # fmt: skip
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def saved(cls, tmp_path_factory, model):
+        folder = tmp_path_factory.mktemp("saved")
+        hub.reset()
+        callback = pushing(folder, "saved", checkpoint=True)
+        drive(callback, model)
+        callback.on_epoch_end(0, {"loss": 0.5})
+        callback.last_job.result(timeout=60)
+        return folder / "saved" / "checkpoint"
+
+    def refuse(self, model, folder, error=ValueError):
+        before = [np.copy(weight) for weight in model.get_weights()]
+        with pytest.raises(error):
+            load_repo_checkpoint(model, folder)
+        for now, then in zip(model.get_weights(), before, strict=True):
+            np.testing.assert_array_equal(now, then)
+
+    @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+    def test_a_damaged_checkpoint_is_refused_before_a_weight_changes(self, saved, tmp_path, damage):
+        shutil.copytree(saved, tmp_path / "checkpoint")
+        damage(tmp_path / "checkpoint" / "state.npz", tmp_path / "checkpoint" / "state.json")
+        self.refuse(small_model(FIRST), tmp_path)
+        assert "UNPICKLED" not in os.environ
+
+    def test_the_undamaged_one_is_accepted(self, saved, model):
+        other = small_model(FIRST)
+        assert load_repo_checkpoint(other, saved.parent) == {"epoch": 0}
+        with np.load(saved / "state.npz") as archive:
+            np.testing.assert_array_equal(other.get_weights()[0], archive["model.0"])
+
+    @pytest.mark.parametrize("optimizer", ["sgd", "adamax", None])
+    def test_another_optimizer_is_refused(self, saved, optimizer):
+        other = small_model(FIRST)
+        if optimizer is None:
+            other = FIRST.Sequential([FIRST.layers.Input((4,)), FIRST.layers.Dense(3)])
+        else:
+            other.compile(optimizer, "sparse_categorical_crossentropy")
+        self.refuse(other, saved.parent)
+
+    def test_another_model_is_refused(self, saved):
+        other = FIRST.Sequential([FIRST.layers.Input((4,)), FIRST.layers.Dense(4), FIRST.layers.Dense(3)])
+        other.compile("adam", "mse")
+        self.refuse(other, saved.parent)
+
+    def test_text_in_the_history_neither_reaches_nor_prevents_the_card(self, saved, tmp_path, repo):
+        shutil.copytree(saved, tmp_path / "checkpoint")
+        rejson(tmp_path / "checkpoint" / "state.json", history={"0": {"loss": "x\n---\n<script>", "note\n# |": 1.5}})
+        resumed = small_model(FIRST)
+        with contextlib.suppress(ValueError):
+            load_repo_checkpoint(resumed, tmp_path)
+        train(resumed, pushing(tmp_path, repo), initial_epoch=1, epochs=2)
+        card = on_hub(repo)["README.md"].decode()
+        assert re.search(r"^\| 1 \|", card, re.MULTILINE)
+        assert "<script>" not in card and "\n# |" not in card
+
+    def test_a_folder_without_a_checkpoint_is_refused(self, tmp_path):
+        self.refuse(small_model(FIRST), tmp_path, FileNotFoundError)
+
+
+def last_row(card):
+    """The epoch in the last row of a card's table of results."""
+    return int(re.findall(r"^\| (\d+) \|", card, re.MULTILINE)[-1])
+
+
+def assert_one_save(folder):
+    """Asserts that model, checkpoint and card in the folder are of one and the same save; returns its epoch."""
+    state = json.loads((folder / "checkpoint" / "state.json").read_text())
+    with np.load(folder / "checkpoint" / "state.npz") as archive:
+        for index, weight in enumerate(load(FIRST, folder).get_weights()):
+            np.testing.assert_array_equal(archive[f"model.{index}"], weight)
+        assert archive["epoch"] == state["epoch"] == last_row((folder / "README.md").read_text())
+    return state["epoch"]
+
+
+class TestSlowUpload:
+    @pytest.mark.parametrize("stage", ["info", "lfs", "commit"])
+    def test_training_goes_on_and_no_commit_is_torn(self, model, tmp_path, repo, stage):
+        callback = pushing(tmp_path, repo, checkpoint=True)
+        fault = hub.add_fault(stage, "wait")
+        local = []
+
+        def look(epoch):
+            local.append((assert_one_save(callback.output_dir), hub.commits(f"user/{repo}")))
+
+        release = FIRST.callbacks.LambdaCallback(on_train_end=lambda logs: fault.release.set())
+        train(model, release, callback, at_epoch_end(look), epochs=10)
+        assert local == [(epoch, []) for epoch in range(10)]
+        assert hub.commits(f"user/{repo}") == ["Training in progress, epoch 0", "End of training"]
+        epochs = [assert_one_save(download(tmp_path / str(index), repo, index)) for index in (1, 2)]
+        assert epochs == [0, 9]
+        assert_same_weights(tmp_path / "2", model)
+
+    def test_the_next_save_after_a_slow_upload_takes_the_newest_state(self, model, tmp_path, repo):
+        callback = pushing(tmp_path, repo, checkpoint=True)
+        fault = hub.add_fault("lfs", "wait")
+
+        def release(epoch):
+            if epoch == 2:
+                fault.release.set()
+                callback.last_job.result(timeout=60)
+            elif epoch > 2:
+                callback.last_job.result(timeout=60)
+
+        train(model, callback, at_epoch_end(release), epochs=5)
+        messages = hub.commits(f"user/{repo}")
+        assert messages[:3] == [f"Training in progress, epoch {epoch}" for epoch in (0, 3, 4)]
+        epochs = [assert_one_save(download(tmp_path / str(i), repo, i + 1)) for i in range(len(messages))]
+        assert epochs[:3] == [0, 3, 4]
+
+    def test_an_older_state_that_is_being_tried_again_makes_way_for_the_final_one(
+        self, model, tmp_path, repo, monkeypatch
+    ):
+        callback = pushing(tmp_path, repo)
+        hub.add_fault("commit", 503)
+        waiting = threading.Event()
+
+        def wait_for(event, seconds):
+            waiting.set()
+            event.wait(60)
+
+        monkeypatch.setattr(kc, "wait_for", wait_for)
+        monkeypatch.setattr(kc, "FIRST_WAIT", 100.0)
+        monkeypatch.setattr(kc, "BACKGROUND_SECONDS", 1000.0)
+        train(model, callback, at_epoch_end(lambda epoch: waiting.wait(60)))
+        assert hub.commits(f"user/{repo}") == ["End of training"]
+        assert_same_weights(download(tmp_path / "downloaded", repo), model)
+
+
+class TestInterrupts:
+    @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+    def test_an_interrupted_fit_leaves_the_folder_whole_and_the_callback_usable(self, model, tmp_path, repo, error):
+        callback = pushing(tmp_path, repo, checkpoint=True)
+        fault = hub.add_fault("lfs", "wait")
+
+        def fail(epoch):
+            if epoch == 1:
+                raise error
+
+        with pytest.raises(error):
+            train(model, callback, at_epoch_end(fail), epochs=3)
+        assert assert_one_save(callback.output_dir) == 1
+        fault.release.set()
+        callback.last_job.result(timeout=60)
+        assert hub.commits(f"user/{repo}") == ["Training in progress, epoch 0"]
+        train(model, callback, epochs=1)
+        assert callback.training_history == [pytest.approx(callback.training_history[0])]
+        assert hub.commits(f"user/{repo}")[-1] in ("Training in progress, epoch 0", "End of training")
+        assert assert_one_save(download(tmp_path / "downloaded", repo)) == 0
+        assert_same_weights(tmp_path / "downloaded", model)
+        assert no_model_leftovers(callback.output_dir)
+
+    def test_an_error_while_a_save_is_written_leaves_the_one_before(self, model, tmp_path, repo):
+        class Interrupting:
+            def save_pretrained(self, folder):
+                if interrupts:
+                    raise KeyboardInterrupt
+
+        interrupts = []
+        callback = pushing(tmp_path, repo, tokenizer=Interrupting())
+        train(model, callback)
+        before = contents(callback.output_dir)
+        interrupts.append(True)
+        with pytest.raises(KeyboardInterrupt):
+            train(model, callback)
+        assert contents(callback.output_dir) == before
+
+
+class Nursery:
+    """A process that has imported everything and forks a child for each order it gets."""
+
+    PROGRAM = r'''
+import json, os, pathlib, signal, sys, threading
+import numpy as np, tensorflow as tf, keras
+import keras_callbacks as kc
+
+if not keras.__version__.startswith("3"):
+    keras = tf.keras
+
+
+def train(folder, run, epochs, kill_at=None, leave=False, **constants):
+    """Epoch by epoch, all weights are the number of the run and, in the hundredths, the epoch."""
+    for name, value in constants.items():
+        setattr(kc, name, value)
+    model = keras.Sequential([keras.layers.Input((40,)), keras.layers.Dense(30)])
+    model.compile("adam", "mse")
+    model.optimizer.build(model.trainable_variables)
+    callback = kc.PushToHubCallback(folder, hub_token="hf_write", checkpoint=True)
+    callback.set_model(model)
+    callback.set_params({"verbose": 0, "epochs": epochs})
+    callback.on_train_begin()
+    moments = []
+
+    def count(event, args):
+        if event.split(".")[0] in ("open", "os", "shutil", "socket", "tempfile"):
+            moments.append(event)
+            if len(moments) == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    for epoch in range(epochs):
+        model.set_weights([np.full(w.shape, run + epoch / 100, "float32") for w in model.get_weights()])
+        callback.on_epoch_end(epoch, {"loss": 1.0})
+    if leave:
+        threading.Thread(target=lambda: (threading.main_thread().join(), print('"exiting"', flush=True))).start()
+        return
+    callback.on_train_end()
+    print(json.dumps(len(moments)), flush=True)
+
+
+print('"ready"', flush=True)
+while order := sys.stdin.readline():
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        train(**json.loads(order))
+        break
+    print(json.dumps({"status": os.waitpid(child, 0)[1]}), flush=True)
+'''
+
+    def __enter__(self):
+        environment = {**os.environ, "PYTHONPATH": str(HERE), "STAND_IN_HUB": hub.url}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", self.PROGRAM], env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        self.guard = threading.Timer(300, self.process.kill)
+        self.guard.start()
+        assert self.answer() == "ready"
+        return self
+
+    def __exit__(self, *error):
+        self.guard.cancel()
+        self.process.stdin.close()
+        self.process.wait(60)
+        self.process.stdout.close()
+
+    def order(self, folder, **arguments):
+        self.process.stdin.write(json.dumps({"folder": str(folder), **arguments}) + "\n")
+        self.process.stdin.flush()
+
+    def answer(self):
+        return json.loads(self.process.stdout.readline())
+
+    def status(self):
+        answer = self.answer()
+        return answer["status"] if isinstance(answer, dict) else self.status()
+
+
+class TestKill:
+    __test__ = BACKEND == "tensorflow" and hasattr(os, "fork")
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def nursery(cls):
+        with Nursery() as nursery:
+            yield nursery
+
+    def constant(self, weights):
+        """The number that all these weights are."""
+        values = np.unique(np.concatenate([np.ravel(w) for w in weights]))
+        assert len(values) == 1
+        return float(values[0])
+
+    def assert_whole(self, folder):
+        """Asserts that each file is the whole file of one save."""
+        for path in folder.rglob("*.json"):
+            if not any(part.startswith(".keras_callbacks-") for part in path.parts):
+                json.loads(path.read_text())
+        card = folder / "README.md"
+        assert not card.exists() or f"huggingface_hub {huggingface_hub.__version__}" in card.read_text()
+        config = folder / ("config.json" if FIRST in KERAS3 else "model.keras")
+        if config.exists() and (FIRST not in KERAS3 or (folder / "model.weights.h5").exists()):
+            self.constant(load(FIRST, folder).get_weights())
+        model = FIRST.Sequential([FIRST.layers.Input((40,)), FIRST.layers.Dense(30)])
+        model.compile("adam", "mse")
+        before = model.get_weights()
+        try:
+            epoch = load_repo_checkpoint(model, folder)["epoch"]
+        except (ValueError, FileNotFoundError):
+            for now, then in zip(model.get_weights(), before, strict=True):
+                np.testing.assert_array_equal(now, then)
+        else:
+            assert epoch == round(self.constant(model.get_weights()) % 1 * 100)
+
+    def test_twenty_kills_leave_whole_files_and_the_next_run_finishes(self, nursery, tmp_path, repo):
+        folder = tmp_path / repo
+        nursery.order(folder, run=0, epochs=4)
+        moments = nursery.answer()
+        assert nursery.status() == 0
+        dice = random.Random(6)
+        leftovers = 0
+        for run in range(1, 21):
+            nursery.order(folder, run=run, epochs=4, kill_at=dice.randint(1, moments - 40))
+            assert os.WTERMSIG(nursery.status()) == signal.SIGKILL
+            leftovers += not no_model_leftovers(folder)
+            self.assert_whole(folder)
+        assert leftovers > 0
+        nursery.order(folder, run=99, epochs=2)
+        assert nursery.status() == 0
+        assert no_model_leftovers(folder)
+        expected = pytest.approx(99.01)
+        assert self.constant(load(FIRST, folder).get_weights()) == expected
+        for index in range(1, len(hub.repos[f"user/{repo}"])):
+            assert_one_save(download(tmp_path / f"commit {index}", repo, index))
+        assert self.constant(load(FIRST, download(tmp_path / "last", repo)).get_weights()) == expected
+
+    def test_a_running_upload_of_two_lfs_files_completes_at_interpreter_exit(self, nursery, tmp_path, repo):
+        fault = hub.add_fault("lfs", "wait")
+        nursery.order(tmp_path / repo, run=5, epochs=1, leave=True)
+        assert fault.reached.wait(60)
+        assert nursery.answer() == "exiting"
+        fault.release.set()
+        assert nursery.status() == 0
+        assert sum(hub.is_lfs(name) for name in on_hub(repo)) == 2
+        assert assert_one_save(download(tmp_path / "downloaded", repo)) == 0
+
+    def test_interpreter_exit_does_not_wait_for_a_hub_that_is_down(self, nursery, tmp_path, repo):
+        hub.add_fault("info", 503, times=10**6)
+        nursery.order(tmp_path / repo, run=6, epochs=1, leave=True, FIRST_WAIT=10**5, BACKGROUND_SECONDS=10**6)
+        assert nursery.status() == 0
+        assert hub.commits(f"user/{repo}") == []
+
+    def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(self, model, tmp_path, repo):
+        folder = tmp_path / repo
+        callback = pushing(tmp_path, repo)
+        dead = folder / ".keras_callbacks-dead" / "staged"
+        dead.mkdir(parents=True)
+        (dead / "model.weights.h5").write_bytes(b"half")
+        living = kc.Workspace(folder)
+        (living.staged / "config.json").write_text("{}")
+        train(model, callback)
+        assert list(folder.glob(".keras_callbacks-*")) == [living.folder]
+        assert (living.staged / "config.json").exists()
+        living.close()
+
+    def test_an_upload_that_ends_while_a_save_begins_does_not_break_it(self, tmp_path):
+        finished = []
+
+        def save_often():
+            for _ in range(100):
+                kc.Workspace(tmp_path).close()
+            finished.append(True)
+
+        threads = [threading.Thread(target=save_often, daemon=True) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert finished == [True] * 4
+        assert no_model_leftovers(tmp_path)
+
+
+class TestSequences:
+    __test__ = has("hypothesis")
+    numbers = itertools.count()
+
+    def promises_hold(self, model, steps, recovers_last):
+        """Plays one training against a Hub that does as the steps say; checks the promises after each."""
+        hub.reset()
+        with tempfile.TemporaryDirectory() as parent:
+            parent, name = pathlib.Path(parent), f"sequence-{next(self.numbers)}"
+            callback = pushing(parent, name, checkpoint=True)
+            drive(callback, model)
+            slow = failing = None
+            newest = -1
+
+            def recover():
+                nonlocal slow, failing
+                for fault in hub.faults:
+                    fault.times = 0
+                    fault.release.set()
+                slow = failing = None
+                if callback.last_job is not None:
+                    callback.last_job.exception(timeout=60)
+
+            for step in [*steps, *(["recover", "save"] if recovers_last else [])]:
+                if step == "save":
+                    newest += 1
+                    model.set_weights([np.full_like(weight, newest) for weight in model.get_weights()])
+                    idle = callback.last_job is None or callback.last_job.done()
+                    callback.on_epoch_end(newest, {"loss": 1.0})
+                    assert assert_one_save(callback.output_dir) == newest
+                    if idle and not (slow or failing):
+                        callback.last_job.result(timeout=60)
+                        assert assert_one_save(download(parent / "pushed", name)) == newest
+                elif step == "slow":
+                    slow = slow or hub.add_fault("lfs", "wait", times=1)
+                elif step == "fail":
+                    failing = failing or hub.add_fault("info", 503, times=10**6)
+                else:
+                    recover()
+            if slow:
+                slow.release.set()
+            if newest < 0:
+                return
+            if failing:
+                with pytest.warns(UserWarning, match="could not be pushed"):
+                    callback.on_train_end()
+                assert callback.last_job.exception() is not None
+            else:
+                callback.on_train_end()
+                assert assert_one_save(download(parent / "final", name)) == newest
+            assert assert_one_save(callback.output_dir) == newest
+            assert_same_weights(callback.output_dir, model)
+            pushed = [
+                assert_one_save(download(parent / str(index), name, index))
+                for index in range(1, len(hub.repos[f"user/{name}"]))
+            ]
+            assert pushed == sorted(pushed)
+            assert no_model_leftovers(callback.output_dir)
+
+    def test_no_sequence_of_saves_and_faults_breaks_a_promise(self, model, monkeypatch):
+        import hypothesis
+        from hypothesis import strategies
+
+        monkeypatch.setattr(kc, "BACKGROUND_SECONDS", 0.05)
+        monkeypatch.setattr(kc, "FINAL_SECONDS", 0.05)
+        step = strategies.sampled_from(["save", "save", "slow", "fail", "recover"])
+
+        @hypothesis.settings(deadline=None, max_examples=15, database=None)
+        @hypothesis.given(strategies.lists(step, min_size=1, max_size=8), strategies.booleans())
+        def play(steps, recovers_last):
+            self.promises_hold(model, steps, recovers_last)
+
+        play()
 
 
 class TestLegacySwitch:
