@@ -1013,8 +1013,12 @@ def is_chief(model: Any) -> bool:
     """Returns whether this process is the one of a distributed training that writes and pushes."""
     if keras_of(model).backend.backend() == "jax":
         return bool(sys.modules["jax"].process_index() == 0)
-    strategy = getattr(model, "distribute_strategy", None) or tf.distribute.get_strategy()
-    return bool(strategy.extended.should_checkpoint)
+    return bool(strategy_of(model).extended.should_checkpoint)
+
+
+def strategy_of(model: Any) -> Any:
+    """Returns the tf.distribute.Strategy that the model was made under."""
+    return getattr(model, "distribute_strategy", None) or tf.distribute.get_strategy()
 
 
 def write_model(model: Any, folder: Path) -> None:
@@ -1117,7 +1121,8 @@ def read_checkpoint(model: Any, folder: Path) -> dict[int, dict[str, Any]]:
     optimizer = getattr(model, "optimizer", None)
     if optimizer is not None:
         build = getattr(optimizer, "build", None) or optimizer._create_all_weights  # legacy optimizers
-        build(model.trainable_variables)
+        with strategy_of(model).scope():
+            build(model.trainable_variables)
     variables = dict(checkpoint_variables(model))
     expected = {name: (array.shape, array.dtype) for name, array in zip(variables, map(array_of, variables.values()))}
     # NumPy stores dtypes that it does not know, such as bfloat16, as bare bytes ("V2")
@@ -1762,7 +1767,7 @@ def as_digits(value: Any) -> str:
 
 def hyperparameters(model: Any, params: dict[str, Any]) -> str:
     """Returns a list of how the model was trained, with the optimizer's configuration as JSON."""
-    strategy = getattr(model, "distribute_strategy", None) or tf.distribute.get_strategy()
+    strategy = strategy_of(model)
     policy = getattr(model, "dtype_policy", None) or keras_of(model).mixed_precision.global_policy()
     optimizer = getattr(model, "optimizer", None)
     config = {"class_name": optimizer_name(model), **(optimizer.get_config() if optimizer else {})}

@@ -2453,6 +2453,806 @@ class TestSequences:
         play()
 
 
+LENGTHS = [(5, 3, 4), (7, 7, 2), (4,)]  # of the examples in each batch: three widths, a last batch of one
+
+
+def padded(rows, padding):
+    """One array from rows of different lengths, each padded at the end of its first axis."""
+    longest = max(map(len, rows))
+    whole = np.full((len(rows), longest, *rows[0].shape[1:]), padding, rows[0].dtype)
+    for target, row in zip(whole, rows):
+        target[: len(row)] = row
+    return whole
+
+
+def one_by_one(batches):
+    """The examples of the batches, each as a batch of one, as wide as the batch it comes from."""
+    return [
+        tf.nest.map_structure(lambda column: column[index : index + 1], batch)
+        for batch in batches
+        for index in range(len(tf.nest.flatten(batch)[0]))
+    ]
+
+
+def token_batches(side="right", vocabulary=40):
+    """Batches of token ids with their attention masks, padded with 0 on one side."""
+    rng = np.random.default_rng(3)
+    batches = []
+    for lengths in LENGTHS:
+        spans = np.arange(max(lengths)) < np.array(lengths)[:, None]
+        mask = (spans if side == "right" else spans[:, ::-1]).astype("int32")
+        ids = rng.integers(5, vocabulary, mask.shape, "int32") * mask
+        batches.append({"input_ids": ids, "attention_mask": mask})
+    return batches
+
+
+def feature_batches(name, shape):
+    """Batches of 3, 3 and 1 images or spectrograms, in a column of this name."""
+    rng = np.random.default_rng(4)
+    return [{name: rng.normal(size=(len(lengths), *shape)).astype("float32")} for lengths in LENGTHS]
+
+
+def with_labels(batches, kind, name="labels", classes=3):
+    """The batches with a column of labels: one class for each example, or for each token, padded with -100."""
+    rng = np.random.default_rng(5)
+    for batch in batches:
+        like = next(iter(batch.values()))
+        labels = rng.integers(0, classes, like.shape[:1] if kind == "example" else like.shape, "int64")
+        if kind == "token":
+            labels[batch["attention_mask"] == 0] = -100
+        batch[name] = labels
+    return batches
+
+
+def labels_apart(batches):
+    """The same batches as pairs of inputs and labels."""
+    return [({name: part for name, part in batch.items() if name != "labels"}, batch["labels"]) for batch in batches]
+
+
+def as_pipeline(batches):
+    """A tf.data pipeline of these batches, whose widths differ."""
+    spec = tf.nest.map_structure(lambda c: tf.TensorSpec([None] * c.ndim, c.dtype), batches[0])
+    return tf.data.Dataset.from_generator(lambda: iter(batches), output_signature=spec)
+
+
+def tiny(name, **options):
+    """A small transformers model of random weights, large enough ones for its outputs to differ."""
+    import transformers
+    from tf_keras.utils import set_random_seed
+
+    sizes = {
+        "Bert": dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16),
+        "GPT2": dict(n_embd=16, n_layer=1, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2, pad_token_id=0),
+        "T5": dict(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0),
+        "ViT": dict(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8, patch_size=4
+        ),
+    }
+    speech = dict(
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=16,
+        pad_token_id=0,
+        eos_token_id=2,
+    )
+    sizes["Bart"] = dict(speech, max_position_embeddings=32, bos_token_id=1, forced_eos_token_id=None)
+    sizes["Whisper"] = dict(
+        speech,
+        max_source_positions=6,
+        max_target_positions=32,
+        num_mel_bins=4,
+        bos_token_id=1,
+        decoder_start_token_id=3,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
+    family = next(family for family in sizes if name.startswith(f"TF{family}"))
+    words = {} if family == "ViT" else {"vocab_size": 40}
+    set_random_seed(11)
+    config = getattr(transformers, f"{family}Config")(**sizes[family] | words | options)
+    model = getattr(transformers, name)(config)
+    model.build_in_name_scope()
+    rng = np.random.default_rng(6)
+    model.set_weights([rng.normal(size=weight.shape, scale=0.4) for weight in model.get_weights()])
+    return model
+
+
+def tiny_captioner():
+    """A small model that generates text from images: ViT as the encoder, GPT2 as the decoder."""
+    import transformers
+
+    encoder = tiny("TFViTModel")
+    decoder = tiny("TFGPT2LMHeadModel", add_cross_attention=True, is_decoder=True)
+    model = transformers.TFVisionEncoderDecoderModel(encoder=encoder, decoder=decoder)
+    for config in (model.config, model.generation_config):
+        config.decoder_start_token_id, config.pad_token_id = 1, 0
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:The initializer .* is unseeded and being called multiple times:UserWarning")
+class TestTransformers:
+    __test__ = has("transformers", "tf_keras", "datasets")
+
+    ENDS = list(range(3, 40, 4))  # many tokens end a sequence, so that the lengths differ
+
+    PREDICTING = {
+        "sequence classification": ("TFBertForSequenceClassification", lambda: with_labels(token_batches(), "example")),
+        "token classification": ("TFBertForTokenClassification", lambda: with_labels(token_batches(), "token")),
+        "masked language": ("TFBertForMaskedLM", lambda: with_labels(token_batches(), "token", classes=40)),
+        "labels in a tuple": (
+            "TFBertForTokenClassification",
+            lambda: labels_apart(with_labels(token_batches(), "token")),
+        ),
+        "GPT2 padded left": ("TFGPT2LMHeadModel", lambda: with_labels(token_batches("left"), "token", classes=40)),
+        "images": (
+            "TFViTForImageClassification",
+            lambda: with_labels(feature_batches("pixel_values", (3, 8, 8)), "example"),
+        ),
+    }
+
+    @pytest.mark.parametrize("kind", PREDICTING)
+    def test_predictions_equal_those_of_one_example_at_a_time(self, kind):
+        name, batches = self.PREDICTING[kind][0], self.PREDICTING[kind][1]()
+        model = tiny(name, **{} if "LM" in name else {"num_labels": 3})
+        predictions, labels = evaluate(model, as_pipeline(batches))
+        pairs = [x if isinstance(x, tuple) else (x, x["labels"]) for x in one_by_one(batches)]
+        rows = [np.asarray(model({n: c for n, c in x.items() if n != "labels"}).logits)[0] for x, _ in pairs]
+        expected = np.stack(rows) if rows[0].ndim == 1 else padded(rows, -100)
+        expected_labels = [label[0] for _, label in pairs]
+        expected_labels = padded(expected_labels, -100) if expected_labels[0].ndim else np.array(expected_labels)
+        np.testing.assert_allclose(predictions, expected, atol=1e-4)
+        np.testing.assert_array_equal(labels, expected_labels)
+        assert (predictions.dtype, labels.dtype) == (np.float32, np.int64)
+
+    def test_question_answering_gives_both_logits_and_finds_both_positions(self):
+        batches = with_labels(with_labels(token_batches(), "example", "start_positions"), "example", "end_positions")
+        model = tiny("TFBertForQuestionAnswering")
+        predictions, labels = evaluate(model, as_pipeline(batches))
+        columns = ("input_ids", "attention_mask")
+        rows = [model({name: x[name] for name in columns}) for x in one_by_one(batches)]
+        assert list(predictions) == ["start_logits", "end_logits"]
+        for name, received in predictions.items():
+            np.testing.assert_allclose(received, padded([row[name].numpy()[0] for row in rows], -100), atol=1e-4)
+        for name, received in labels.items():
+            np.testing.assert_array_equal(received, np.concatenate([batch[name] for batch in batches]))
+        assert list(labels) == ["start_positions", "end_positions"]
+
+    def test_hidden_states_of_all_layers_arrive_as_they_are_nested(self):
+        batches = token_batches()
+        model = tiny("TFBertModel", output_hidden_states=True)
+        predictions, _ = evaluate(model, as_pipeline([(x, x["input_ids"]) for x in batches]))
+        rows = [model(x) for x in one_by_one(batches)]
+        assert list(predictions) == ["last_hidden_state", "pooler_output", "hidden_states"]
+        for layer, received in enumerate(predictions["hidden_states"]):
+            expected = padded([row.hidden_states[layer].numpy()[0] for row in rows], -100)
+            np.testing.assert_allclose(received, expected, atol=1e-4)
+
+    @pytest.mark.parametrize("family, arrange", [("T5", list), ("T5", labels_apart), ("Bart", labels_apart)])
+    def test_an_encoder_decoder_makes_its_decoder_inputs_from_the_labels(self, family, arrange):
+        batches = with_labels(token_batches(), "token", classes=40)
+        model = tiny(f"TF{family}ForConditionalGeneration")
+        predictions, labels = evaluate(model, as_pipeline(arrange(batches)), output_cols=["logits"])
+        rows = [model(**x).logits.numpy()[0] for x in one_by_one(batches)]
+        np.testing.assert_allclose(predictions, padded(rows, -100), atol=1e-4)
+        np.testing.assert_array_equal(labels, padded([row for batch in batches for row in batch["labels"]], -100))
+
+    GENERATING = {
+        "GPT2 padded left": (lambda: tiny("TFGPT2LMHeadModel"), lambda: token_batches("left")),
+        "T5": (lambda: tiny("TFT5ForConditionalGeneration"), token_batches),
+        "BART": (lambda: tiny("TFBartForConditionalGeneration", forced_bos_token_id=None), token_batches),
+        "speech": (
+            lambda: tiny("TFWhisperForConditionalGeneration"),
+            lambda: feature_batches("input_features", (4, 12)),
+        ),
+        "images": (tiny_captioner, lambda: feature_batches("pixel_values", (3, 8, 8))),
+    }
+
+    @pytest.mark.parametrize("kind", GENERATING)
+    def test_generated_tokens_equal_those_of_one_example_at_a_time(self, kind):
+        make, batches = self.GENERATING[kind][0], self.GENERATING[kind][1]()
+        model, options = make(), {"max_new_tokens": 8, "eos_token_id": self.ENDS}
+        rows = [model.generate(**x, **options).numpy()[0] for x in one_by_one(batches)]
+        for batch in batches:
+            batch["labels"] = np.full((len(next(iter(batch.values()))), 2), 7)
+        predictions, labels = evaluate(model, as_pipeline(batches), predict_with_generate=True, generate_kwargs=options)
+        assert len({len(row) for row in rows}) > 1
+        np.testing.assert_array_equal(predictions, padded(rows, model.config.pad_token_id))
+        assert predictions.dtype == rows[0].dtype
+        assert labels.shape == (7, 2)
+
+    def test_sequences_and_scores_of_a_generation_arrive_together(self):
+        model, batches = tiny("TFT5ForConditionalGeneration"), token_batches()
+        options = dict(max_new_tokens=8, eos_token_id=self.ENDS, return_dict_in_generate=True, output_scores=True)
+        rows = [model.generate(**x, **options) for x in one_by_one(batches)]
+        data = as_pipeline([(batch, np.zeros(len(batch["input_ids"]))) for batch in batches])
+        predictions, _ = evaluate(model, data, predict_with_generate=True, generate_kwargs=options)
+        np.testing.assert_array_equal(predictions["sequences"], padded([row.sequences.numpy()[0] for row in rows], 0))
+        assert len(predictions["scores"]) == max(len(row.scores) for row in rows)
+        for index, row in enumerate(rows):
+            received = [step[index] for step in predictions["scores"]][: len(row.scores)]
+            np.testing.assert_allclose(received, [step.numpy()[0] for step in row.scores], atol=1e-4)
+        ended = len(rows[-1].scores)  # the last batch holds this example alone
+        assert all((step[-1] == -100).all() for step in predictions["scores"][ended:])
+
+    def test_xla_generates_what_eager_does_with_one_compilation_and_the_weights_of_now(self):
+        model, received, traces = tiny("TFT5ForConditionalGeneration"), [], []
+        ids = np.random.default_rng(8).integers(5, 40, (7, 5), "int32")  # batches of 3, 3 and 1
+        inputs, options = {"input_ids": ids, "attention_mask": np.ones_like(ids)}, {"max_length": 6}
+        generate = model.generate
+        model.generate = lambda *args, **kwargs: traces.append(1) or generate(*args, **kwargs)
+        callback = KerasMetricCallback(
+            lambda predictions, labels: received.append(predictions) or {},
+            (inputs, np.zeros(7)),
+            batch_size=3,
+            predict_with_generate=True,
+            use_xla_generation=True,
+            generate_kwargs=options,
+        )
+        callback.set_model(model)
+        callback.on_epoch_end(0)
+        before = generate(**inputs, **options).numpy()
+        model.set_weights([weight[..., ::-1] for weight in model.get_weights()])
+        callback.on_epoch_end(1)
+        after = generate(**inputs, **options).numpy()
+        assert len(traces) == 1
+        assert not np.array_equal(before, after)
+        np.testing.assert_array_equal(received, [before, after])
+
+    @pytest.fixture
+    def lines(self):
+        """Lines of scikit-learn's descriptions of two data sets, and which one each is about."""
+        from sklearn.datasets import load_breast_cancer, load_iris
+
+        pairs = []
+        for topic, load_data in (("flowers", load_iris), ("medicine", load_breast_cancer)):
+            text = [line.strip() for line in load_data().DESCR.splitlines()]
+            pairs += [(line, topic) for line in text if len(line.split()) > 4][:24]
+        random.Random(0).shuffle(pairs)
+        return pairs
+
+    @pytest.fixture
+    def tokenizer(self, lines):
+        import tokenizers
+        import transformers
+
+        words = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="<unk>"))
+        words.normalizer = tokenizers.normalizers.Lowercase()
+        words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        words.decoder = tokenizers.decoders.WordPiece()
+        special = ["<pad>", "</s>", "<unk>"]
+        trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+        words.train_from_iterator([part for pair in lines for part in pair], trainer)
+        words.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_object=words,
+            pad_token="<pad>",
+            eos_token="</s>",
+            unk_token="<unk>",
+            model_input_names=["input_ids", "attention_mask"],
+            model_max_length=24,
+        )
+
+    @pytest.mark.parametrize("pipeline", ["prepare_tf_dataset", "to_tf_dataset", "to_tf_dataset with label_cols"])
+    def test_pipelines_of_the_datasets_library_serve_as_they_come(self, pipeline, lines, tokenizer):
+        import datasets
+        import transformers
+
+        encoded = tokenizer([line for line, _ in lines[:7]], truncation=True)
+        topics = [int(topic == "medicine") for _, topic in lines[:7]]
+        data = datasets.Dataset.from_dict({**encoded, "labels": topics})
+        model = tiny("TFBertForSequenceClassification", vocab_size=len(tokenizer), num_labels=2)
+        collator = transformers.DataCollatorWithPadding(tokenizer, return_tensors="np")
+        options = dict(batch_size=3, shuffle=False, collate_fn=collator)
+        if pipeline == "prepare_tf_dataset":
+            dataset = model.prepare_tf_dataset(data, **options)
+        elif pipeline == "to_tf_dataset":
+            dataset = data.to_tf_dataset(columns=data.column_names, **options)
+        else:
+            dataset = data.to_tf_dataset(columns=list(encoded), label_cols="labels", **options)
+        predictions, labels = evaluate(model, dataset)
+        expected = [model(tf.constant([ids])).logits.numpy()[0] for ids in encoded["input_ids"]]
+        np.testing.assert_allclose(predictions, expected, atol=1e-4)
+        np.testing.assert_array_equal(labels, topics)
+
+    def test_a_t5_is_trained_measured_pushed_and_loads_with_its_tokenizer(self, lines, tokenizer, tmp_path):
+        import datasets
+        import transformers
+        from tf_keras.optimizers import Adam
+
+        texts, topics = map(list, zip(*lines))
+        encoded = tokenizer(texts, text_target=topics, truncation=True)
+        model = tiny("TFT5ForConditionalGeneration", vocab_size=len(tokenizer), dropout_rate=0.0)
+        model.set_weights([weight / 4 for weight in model.get_weights()])
+        collator = transformers.DataCollatorForSeq2Seq(tokenizer, model, return_tensors="np")
+        rows = datasets.Dataset.from_dict(dict(encoded))
+        training, evaluation = rows.select(range(32)), rows.select(range(32, len(rows)))
+        decode = functools.partial(tokenizer.batch_decode, skip_special_tokens=True)
+
+        def exact_match(predictions, labels):
+            labels = np.where(labels == -100, tokenizer.pad_token_id, labels)
+            return {"exact_match": np.mean([a == b for a, b in zip(decode(predictions), decode(labels))])}
+
+        measure = KerasMetricCallback(
+            exact_match,
+            model.prepare_tf_dataset(evaluation, batch_size=5, shuffle=False, collate_fn=collator),
+            predict_with_generate=True,
+            generate_kwargs={"max_new_tokens": 4},
+        )
+        push = pushing(tmp_path, "reader", tokenizer=tokenizer, tasks="text2text-generation")
+        model.compile(Adam(0.01))
+        history = model.fit(
+            model.prepare_tf_dataset(training, batch_size=8, collate_fn=collator),
+            epochs=3,
+            verbose=0,
+            callbacks=[measure, push],
+        ).history
+
+        loaded_tokenizer = transformers.AutoTokenizer.from_pretrained("user/reader", cache_dir=tmp_path / "cache")
+        loaded = transformers.TFT5ForConditionalGeneration.from_pretrained("user/reader", cache_dir=tmp_path / "cache")
+        answers = []
+        for text in texts[32:]:
+            inputs = loaded_tokenizer(text, truncation=True, return_tensors="tf")
+            tokens = loaded.generate(**inputs, max_new_tokens=4)
+            np.testing.assert_array_equal(tokens, model.generate(**inputs, max_new_tokens=4))
+            answers += loaded_tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        assert len(history["exact_match"]) == 3
+        assert history["exact_match"][-1] == np.mean([a == b for a, b in zip(answers, topics[32:])]) > 0
+        np.testing.assert_array_equal(
+            loaded(**inputs, labels=inputs["input_ids"]).logits, model(**inputs, labels=inputs["input_ids"]).logits
+        )
+
+    @pytest.mark.parametrize("optimizer", ["Adam", "AdamWeightDecay"])
+    def test_training_resumes_bitwise(self, optimizer, tmp_path):
+        import transformers
+        from tf_keras.optimizers import Adam
+
+        inputs = {"input_ids": np.random.default_rng(1).integers(5, 40, (16, 6), "int32")}
+
+        def make():
+            dropout = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+            model = tiny("TFBertForSequenceClassification", num_labels=2, **dropout)
+            legacy, _ = transformers.create_optimizer(0.01, 16, num_warmup_steps=4, weight_decay_rate=0.1)
+            model.compile(Adam(0.01) if optimizer == "Adam" else legacy)
+            assert type(model.optimizer).__name__ == optimizer
+            return model
+
+        def fit(model, callbacks=(), **epochs):
+            labels = inputs["input_ids"].sum(1) % 2
+            model.fit(inputs, labels, batch_size=4, shuffle=False, verbose=0, callbacks=callbacks, **epochs)
+
+        whole, half, resumed = make(), make(), make()
+        fit(whole, epochs=4)
+        fit(half, [pushing(tmp_path, optimizer, checkpoint=True)], epochs=2)
+        resumed.set_weights([0 * weight for weight in resumed.get_weights()])
+        last = load_repo_checkpoint(resumed, f"user/{optimizer}", token=WRITE)
+        fit(resumed, initial_epoch=last["epoch"] + 1, epochs=4)
+        assert last == {"epoch": 1}
+        for left, right in zip(state_of(resumed), state_of(whole), strict=True):
+            np.testing.assert_array_equal(left, right)
+
+
+def state_of(model):
+    """The values of the weights and of the optimizer's variables."""
+    variables = model.optimizer.variables
+    return [*model.get_weights(), *(np.array(v) for v in (variables() if callable(variables) else variables))]
+
+
+def children(*codes):
+    """Runs pairs of code and environment variables in new processes at once, which share this module and its Hub."""
+    common = {**os.environ, "STAND_IN_HUB": hub.url, "PYTHONPATH": str(HERE)}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    started = [subprocess.Popen([sys.executable, "-c", code], env={**common, **own}, **options) for code, own in codes]
+    try:
+        for child in started:
+            output, _ = child.communicate(timeout=180)
+            assert child.returncode == 0, output
+    finally:
+        for child in started:
+            child.kill()
+
+
+def normalised_model(keras):
+    """small_model after a batch normalisation, whose averages each replica has of its own while training."""
+    model = small_model(keras)
+    model = keras.Sequential([keras.layers.Input((4,)), keras.layers.BatchNormalization(momentum=0.5), *model.layers])
+    model.compile("adam", "sparse_categorical_crossentropy")
+    return model
+
+
+def train_distributed(keras, strategy, folder, name, epochs=2, callbacks=(), **options):
+    """Trains with both callbacks on two replicas; writes what metric_fn received and the history to `folder`."""
+    assert strategy.num_replicas_in_sync == 2
+    received = []
+
+    def metric_fn(predictions, labels):
+        received.append((predictions, labels))
+        return {"surety": predictions.max(-1).mean()}
+
+    with strategy.scope():
+        model = normalised_model(keras)
+    measure = KerasMetricCallback(metric_fn, tf.data.Dataset.from_tensor_slices((X, Y)).batch(8))
+    push = pushing(folder, "out", hub_model_id=name, **options)
+    data = tf.data.Dataset.from_tensor_slices((X[:16], Y[:16])).batch(8)
+    fit = model.fit(data, epochs=epochs, verbose=0, callbacks=[measure, *callbacks, push])
+    np.savez(folder / "received.npz", predictions=received[-1][0], labels=received[-1][1])
+    (folder / "history.json").write_text(json.dumps({n: list(map(float, v)) for n, v in fit.history.items()}))
+
+
+def train_as_worker(lineage, strategy, folder):
+    """Trains as the worker that TF_CONFIG names; EarlyStopping sees the metric."""
+    keras = lineages()[lineage]
+    folder = pathlib.Path(folder) / str(json.loads(os.environ["TF_CONFIG"])["task"]["index"])
+    stop = keras.callbacks.EarlyStopping("surety", mode="min", min_delta=10, patience=2)  # after the third epoch
+    train_distributed(keras, strategy, folder, "workers", epochs=5, callbacks=[stop], checkpoint=True)
+
+
+# Devices and workers have to be there before TensorFlow makes its first tensor, as this module does.
+TWO_DEVICES = """
+import pathlib, numpy, tensorflow as tf
+processor = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(processor, [tf.config.LogicalDeviceConfiguration()] * 2)
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+import test_keras_callbacks as tests
+keras, folder = tests.lineages()[{lineage}], pathlib.Path({folder!r})
+"""
+RESUMING_IN_ORDER = """
+def make():
+    with strategy.scope():
+        return tests.small_model(keras)
+
+whole, half, resumed = make(), make(), make()
+data = tf.data.Dataset.from_tensor_slices((tests.X[:16], tests.Y[:16])).batch(8)
+whole.fit(data, epochs=4, verbose=0)
+half.fit(data, epochs=2, verbose=0, callbacks=[tests.pushing(folder, "half", checkpoint=True)])
+resumed.set_weights([0 * weight for weight in resumed.get_weights()])
+last = tests.load_repo_checkpoint(resumed, "user/half", token=tests.WRITE)
+resumed.fit(data, initial_epoch=last["epoch"] + 1, epochs=4, verbose=0)
+numpy.savez(folder / "whole.npz", *tests.state_of(whole))
+numpy.savez(folder / "resumed.npz", *tests.state_of(resumed))
+"""
+TWO_WORKERS = """
+import tensorflow as tf
+strategy = tf.distribute.MultiWorkerMirroredStrategy()
+import test_keras_callbacks as tests
+tests.train_as_worker({lineage}, strategy, {folder!r})
+"""
+
+
+class TestDistribution:
+    __test__ = BACKEND == "tensorflow"
+
+    def test_two_replicas_measure_and_push_what_one_device_predicts(self, keras, tmp_path):
+        code = TWO_DEVICES.format(lineage=lineages().index(keras), folder=str(tmp_path))
+        children((code + 'tests.train_distributed(keras, strategy, folder, "mirrored")', {}))
+        loaded = load(keras, download(tmp_path / "downloaded", "mirrored"))
+        received = np.load(tmp_path / "received.npz")
+        np.testing.assert_allclose(received["predictions"], loaded.predict(X, verbose=0), atol=1e-6)
+        np.testing.assert_array_equal(received["labels"], Y)
+
+    def test_training_on_two_devices_resumes_bitwise(self, keras, tmp_path):
+        code = TWO_DEVICES.format(lineage=lineages().index(keras), folder=str(tmp_path))
+        children((code + RESUMING_IN_ORDER, {}))
+        with np.load(tmp_path / "whole.npz") as whole, np.load(tmp_path / "resumed.npz") as resumed:
+            for left, right in zip(resumed.values(), whole.values(), strict=True):
+                np.testing.assert_array_equal(left, right)
+
+
+class TestSeveralWorkers:
+    __test__ = BACKEND == "tensorflow" and len(lineages()) > len(KERAS3)
+
+    def test_all_measure_the_same_and_the_chief_alone_writes_and_commits(self, tmp_path):
+        lineage = next(index for index, package in enumerate(lineages()) if package not in KERAS3)
+        listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+        addresses = [f"127.0.0.1:{listener.getsockname()[1]}" for listener in listeners]
+        for index, listener in enumerate(listeners):
+            listener.close()
+            (tmp_path / str(index) / "scratch").mkdir(parents=True)
+        code = TWO_WORKERS.format(lineage=lineage, folder=str(tmp_path))
+        tasks = [{"type": "worker", "index": index} for index in range(2)]
+        environments = [
+            {
+                "TF_CONFIG": json.dumps({"cluster": {"worker": addresses}, "task": task}),
+                "TMPDIR": str(tmp_path / str(task["index"]) / "scratch"),
+            }
+            for task in tasks
+        ]
+        children(*((code, environment) for environment in environments))
+        chief, other = tmp_path / "0", tmp_path / "1"
+        histories = [json.loads((folder / "history.json").read_text()) for folder in (chief, other)]
+        loaded = load(lineages()[lineage], download(tmp_path / "downloaded", "workers"))
+        assert histories[0] == histories[1]
+        assert len(histories[0]["surety"]) == 3
+        for folder in (chief, other):
+            received = np.load(folder / "received.npz")
+            np.testing.assert_allclose(received["predictions"], loaded.predict(X, verbose=0), atol=1e-6)
+        assert list((other / "out").iterdir()) == []
+        assert no_model_leftovers(other / "scratch")
+        assert {path.name for path in (chief / "out").iterdir()} == {"README.md", "checkpoint", "model.keras"}
+        assert len(hub.commits("user/workers")) == len([stage for stage, _ in hub.requests if stage == "commit"])
+        assert load_repo_checkpoint(loaded, "user/workers", token=WRITE) == {"epoch": 2}
+
+
+@pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer:UserWarning")
+@pytest.mark.filterwarnings("ignore:`shuffle=True` was passed, but will be ignored:UserWarning")
+class TestKerasHub:
+    __test__ = has("keras_hub")
+
+    TEXTS = ["ab cd", "e", "fgh ab a", "j", "ab ab", "cab fad", "hid"]
+    WORDS = ["<s>", "<pad>", "</s>", "<|endoftext|>", "<unk>", "<mask>", *"Ġabcdefghij", "ab"]
+    SIZES = dict(num_layers=1, num_heads=2, hidden_dim=8, intermediate_dim=8, max_sequence_length=16, dropout=0.0)
+
+    def language_model(self, kind, preprocess=True):
+        """A small GPT2 or BART of random weights, which generates greedily."""
+        import keras
+        from keras_hub import models, tokenizers
+
+        keras.utils.set_random_seed(2)
+        vocabulary = {word: index for index, word in enumerate(self.WORDS)}
+        tokenizer = getattr(tokenizers, f"{kind}Tokenizer")(vocabulary=vocabulary, merges=["a b"])
+        backbone = getattr(models, f"{kind}Backbone")(vocabulary_size=len(self.WORDS), **self.SIZES)
+        if kind == "GPT2":
+            preprocessor = models.GPT2CausalLMPreprocessor(tokenizer, sequence_length=12)
+            make = models.GPT2CausalLM
+        else:
+            lengths = dict(encoder_sequence_length=10, decoder_sequence_length=12)
+            preprocessor = models.BartSeq2SeqLMPreprocessor(tokenizer, **lengths)
+            make = models.BartSeq2SeqLM
+        model = make(backbone, preprocessor=preprocessor if preprocess else None)
+        seed, scale = (0, 0.5) if kind == "GPT2" else (11, 2.0)  # weights that give different texts
+        rng = np.random.default_rng(seed)
+        model.set_weights([rng.normal(size=weight.shape, scale=scale) for weight in model.get_weights()])
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile("adam", loss, weighted_metrics=[], sampler="greedy", jit_compile=False)
+        model.preprocessing = preprocessor
+        return model
+
+    def classifier(self, preprocess=True):
+        """A small BERT with three classes."""
+        import keras
+        from keras_hub import models, tokenizers
+
+        keras.utils.set_random_seed(2)
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghij", *(f"##{c}" for c in "abcdefghij")]
+        tokenizer = tokenizers.BertTokenizer(vocabulary=words, lowercase=True)
+        preprocessor = models.BertTextClassifierPreprocessor(tokenizer, sequence_length=8)
+        backbone = models.BertBackbone(vocabulary_size=len(words), **self.SIZES)
+        model = models.BertTextClassifier(backbone, 3, preprocessor=preprocessor if preprocess else None, dropout=0.0)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile("adam", loss, metrics=["accuracy"], jit_compile=False)
+        model.preprocessing = preprocessor
+        return model
+
+    @pytest.mark.parametrize("kind", ["GPT2", "Bart"])
+    def test_text_in_gives_the_text_of_one_example_at_a_time(self, kind):
+        model = self.language_model(kind)
+        data = tf.data.Dataset.from_tensor_slices((self.TEXTS, self.TEXTS)).batch(3)
+        predictions, labels = evaluate(model, data, predict_with_generate=True, generate_kwargs={"max_length": 9})
+        expected = [model.generate(text, max_length=9) for text in self.TEXTS]
+        assert len(set(expected)) > 3
+        assert predictions.tolist() == expected
+        assert labels.tolist() == self.TEXTS
+
+    def test_named_texts_go_to_the_model_without_the_labels(self):
+        model = self.language_model("Bart")
+        columns = {"encoder_text": self.TEXTS, "decoder_text": self.TEXTS[::-1], "summary": self.TEXTS}
+        data = tf.data.Dataset.from_tensor_slices(columns).batch(3)
+        predictions, _ = evaluate(
+            model, data, label_cols="summary", predict_with_generate=True, generate_kwargs={"max_length": 9}
+        )
+        pairs = zip(self.TEXTS, self.TEXTS[::-1])
+        expected = [
+            model.generate({"encoder_text": [text], "decoder_text": [start]}, max_length=9)[0] for text, start in pairs
+        ]
+        assert predictions.tolist() == expected
+
+    @pytest.mark.parametrize("kind", ["GPT2", "Bart"])
+    def test_without_a_preprocessor_tokens_go_in_and_come_out_in_a_dict(self, kind):
+        model = self.language_model(kind, preprocess=False)
+        inputs = {name: np.array(c) for name, c in model.preprocessing.generate_preprocess(self.TEXTS).items()}
+        options = {"stop_token_ids": [10, 11, 12]}
+        predictions, _ = evaluate(
+            model, (inputs, np.zeros(7)), batch_size=3, predict_with_generate=True, generate_kwargs=options
+        )
+        rows = [model.generate({n: c[i : i + 1] for n, c in inputs.items()}, **options) for i in range(7)]
+        assert predictions.keys() == rows[0].keys()
+        *_, tokens, mask = sorted(predictions, key=lambda name: name.endswith("mask"))  # tokens count where it is true
+        expected = {name: np.concatenate([row[name] for row in rows]) for name in predictions}
+        assert not expected[mask].all()
+        np.testing.assert_array_equal(predictions[mask], expected[mask])
+        np.testing.assert_array_equal(predictions[tokens][expected[mask]], expected[tokens][expected[mask]])
+        assert {name: c.dtype for name, c in predictions.items()} == {name: c.dtype for name, c in expected.items()}
+
+    def test_a_classifier_of_text_measures_what_it_predicts(self):
+        model = self.classifier()
+        data = tf.data.Dataset.from_tensor_slices((self.TEXTS, Y[:7])).batch(3)
+        predictions, labels = evaluate(model, data)
+        np.testing.assert_allclose(predictions, model.predict(np.array(self.TEXTS), verbose=0), atol=1e-6)
+        np.testing.assert_array_equal(labels, Y[:7])
+        assert predictions.dtype == np.float32
+
+    def test_a_language_model_is_trained_measured_pushed_and_loads_with_its_preprocessor(self, tmp_path):
+        import keras_hub
+
+        model, received = self.language_model("GPT2"), []
+        measure = KerasMetricCallback(
+            lambda predictions, labels: received.append(predictions) or {"exact": np.mean(predictions == labels)},
+            tf.data.Dataset.from_tensor_slices((self.TEXTS, self.TEXTS)).batch(3),
+            predict_with_generate=True,
+            generate_kwargs={"max_length": 9},
+        )
+        data = tf.data.Dataset.from_tensor_slices(self.TEXTS).batch(4)
+        history = model.fit(data, epochs=2, verbose=0, callbacks=[measure, pushing(tmp_path, "writer")]).history
+        loaded = keras_hub.models.GPT2CausalLM.from_preset("hf://user/writer")
+        loaded.compile(sampler="greedy", jit_compile=False)
+        assert len(history["exact"]) == 2
+        assert loaded.generate(self.TEXTS, max_length=9) == received[-1].tolist()
+
+    def test_an_encoder_decoder_is_pushed_and_loads_with_its_tokenizer(self, tmp_path):
+        import keras_hub
+
+        model, push = self.language_model("Bart"), pushing(tmp_path, "translator")
+        push.set_model(model)
+        push.on_train_begin()
+        push.on_train_end()
+        loaded = keras_hub.models.BartSeq2SeqLM.from_preset("hf://user/translator")
+        loaded.compile(sampler="greedy", jit_compile=False)
+        loaded.preprocessor.encoder_sequence_length = 10  # KerasHub 0.32 does not save this length
+        assert loaded.generate(self.TEXTS, max_length=9) == model.generate(self.TEXTS, max_length=9)
+
+    def test_xla_generation_warns_of_the_switch_of_kerashub(self, caplog):
+        model = self.language_model("GPT2")
+        data = tf.data.Dataset.from_tensor_slices((self.TEXTS, self.TEXTS)).batch(7)
+        predictions, _ = evaluate(model, data, predict_with_generate=True, use_xla_generation=True)
+        assert predictions.tolist() == model.generate(self.TEXTS)
+        assert "jit_compile=True" in caplog.text
+
+    def test_a_classifier_is_pushed_and_loads_with_its_preprocessor(self, tmp_path):
+        import keras_hub
+
+        model = self.classifier()
+        data = tf.data.Dataset.from_tensor_slices((self.TEXTS, Y[:7])).batch(3)
+        model.fit(data, verbose=0, callbacks=[pushing(tmp_path, "judge")])
+        loaded = keras_hub.models.BertTextClassifier.from_preset("hf://user/judge")
+        texts = np.array(self.TEXTS)
+        np.testing.assert_array_equal(loaded.predict(texts, verbose=0), model.predict(texts, verbose=0))
+
+    def test_training_resumes_bitwise(self, tmp_path):
+        whole, half, resumed = (self.classifier(preprocess=False) for _ in range(3))
+        tokens = {name: np.array(column) for name, column in whole.preprocessing(self.TEXTS).items()}
+        options = dict(batch_size=3, shuffle=False, verbose=0)
+        whole.fit(tokens, Y[:7], epochs=4, **options)
+        half.fit(tokens, Y[:7], epochs=2, callbacks=[pushing(tmp_path, "student", checkpoint=True)], **options)
+        resumed.set_weights([0 * weight for weight in resumed.get_weights()])
+        last = load_repo_checkpoint(resumed, "user/student", token=WRITE)
+        resumed.fit(tokens, Y[:7], initial_epoch=last["epoch"] + 1, epochs=4, **options)
+        for left, right in zip(state_of(resumed), state_of(whole), strict=True):
+            np.testing.assert_array_equal(left, right)
+
+
+# Host devices are counted when JAX starts.
+TWO_HOST_DEVICES = """
+import pathlib, keras
+keras.distribution.set_distribution(keras.distribution.DataParallel())
+import test_keras_callbacks as tests
+tests.train_in_parallel(pathlib.Path({folder!r}), "parallel")
+"""
+RESUMING = """
+import numpy, test_keras_callbacks as tests
+model = tests.small_model(tests.KERAS3[0])
+last = tests.load_repo_checkpoint(model, "user/resumed", token=tests.WRITE)
+tests.fit_in_order(model, initial_epoch=last["epoch"] + 1, epochs=4)
+numpy.savez({path!r}, *tests.state_of(model))
+"""
+
+
+TWO_PROCESSES = """
+import pathlib, keras
+keras.distribution.initialize({addresses!r}, 2, {process})
+keras.distribution.set_distribution(keras.distribution.DataParallel())
+import test_keras_callbacks as tests
+tests.train_in_parallel(pathlib.Path({folder!r}), "by_processes")
+"""
+
+
+def fit_in_order(model, **options):
+    model.fit(X, Y, batch_size=8, shuffle=False, verbose=0, **options)
+
+
+def train_in_parallel(folder, name):
+    """Trains with both callbacks on what devices there are; writes what metric_fn received to `folder`."""
+    import jax
+
+    assert len(jax.devices()) == 2
+    received = []
+    model = small_model(KERAS3[0])
+    training = tf.data.Dataset.from_tensor_slices((X[:16], Y[:16])).batch(8).repeat()
+    data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(7)  # odd batches, whatever the devices
+    measure = KerasMetricCallback(lambda *pair: received.append(pair) or {"n": len(pair[0])}, data)
+    push = pushing(folder, "out", hub_model_id=name)
+    model.fit(training, steps_per_epoch=2, verbose=0, callbacks=[measure, push])
+    np.savez(folder / "received.npz", predictions=received[-1][0], labels=received[-1][1])
+
+
+class TestJax:
+    __test__ = BACKEND == "jax"
+
+    def test_predictions_and_labels_equal_numpy(self, keras):
+        model = small_model(keras)
+        fit_in_order(model)
+        predictions, labels = evaluate(model, tf.data.Dataset.from_tensor_slices((X, Y)).batch(8))
+        np.testing.assert_allclose(predictions, by_numpy(model), atol=1e-6)
+        np.testing.assert_array_equal(labels, Y)
+        assert (type(predictions), predictions.dtype, labels.dtype) == (np.ndarray, np.float32, np.int64)
+        assert predictions.flags.writeable
+
+    def test_named_inputs_and_outputs_are_matched_without_the_label_column(self, keras):
+        inputs = {name: keras.layers.Input((2,), name=name) for name in ("middle", "zebra")}
+        outputs = {
+            "sum": keras.layers.Add()(list(inputs.values())),
+            "gap": keras.layers.Subtract()(list(inputs.values())),
+        }
+        model = keras.Model(inputs, outputs)
+        data = {"labels": X[:, 1:3], "middle": X[:, :2], "zebra": X[:, 2:]}
+        predictions, labels = evaluate(model, data, batch_size=8)
+        np.testing.assert_allclose(predictions["sum"], X[:, :2] + X[:, 2:], atol=1e-6)
+        np.testing.assert_allclose(predictions["gap"], X[:, :2] - X[:, 2:], atol=1e-6)
+        np.testing.assert_array_equal(labels, X[:, 1:3])
+
+    def test_half_precision_arrives_as_float32(self, keras):
+        keras.mixed_precision.set_global_policy("mixed_bfloat16")
+        try:
+            model = small_model(keras)
+        finally:
+            keras.mixed_precision.set_global_policy("float32")
+        predictions, _ = evaluate(model, (X, Y), batch_size=8)
+        np.testing.assert_array_equal(predictions, model.predict(X, batch_size=8, verbose=0).astype("float32"))
+        assert predictions.dtype == np.float32
+
+    def test_the_model_on_the_hub_loads_with_one_call_and_predicts_the_same(self, keras, tmp_path):
+        model = small_model(keras)
+        fit_in_order(model, epochs=2, callbacks=[pushing(tmp_path, "by_jax")])
+        loaded = keras.saving.load_model("hf://user/by_jax")
+        np.testing.assert_array_equal(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
+
+    def test_a_new_process_resumes_bitwise(self, keras, tmp_path):
+        whole = small_model(keras)
+        fit_in_order(whole, epochs=4)
+        fit_in_order(small_model(keras), epochs=2, callbacks=[pushing(tmp_path, "resumed", checkpoint=True)])
+        children((RESUMING.format(path=str(tmp_path / "state.npz")), {}))
+        with np.load(tmp_path / "state.npz") as state:
+            for left, right in zip(state.values(), state_of(whole), strict=True):
+                np.testing.assert_array_equal(left, right)
+
+    def test_two_host_devices_measure_and_push_what_one_predicts(self, keras, tmp_path):
+        devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        children((TWO_HOST_DEVICES.format(folder=str(tmp_path)), devices))
+        loaded = keras.saving.load_model("hf://user/parallel")
+        received = np.load(tmp_path / "received.npz")
+        np.testing.assert_allclose(received["predictions"], by_numpy(loaded), atol=1e-6)
+        np.testing.assert_array_equal(received["labels"], Y)
+
+    def test_of_several_processes_the_first_alone_writes_and_commits(self, keras, tmp_path):
+        listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+        addresses = ",".join(f"127.0.0.1:{listener.getsockname()[1]}" for listener in listeners)
+        codes = []
+        for process, listener in enumerate(listeners):
+            listener.close()
+            folder = tmp_path / str(process)
+            folder.mkdir()
+            codes.append(TWO_PROCESSES.format(addresses=addresses, process=process, folder=str(folder)))
+        children(*((code, {}) for code in codes))
+        loaded = keras.saving.load_model("hf://user/by_processes")
+        for folder in (tmp_path / "0", tmp_path / "1"):
+            received = np.load(folder / "received.npz")
+            np.testing.assert_allclose(received["predictions"], by_numpy(loaded), atol=1e-6)
+        assert list((tmp_path / "1" / "out").iterdir()) == []
+        assert len(hub.commits("user/by_processes")) == len([stage for stage, _ in hub.requests if stage == "commit"])
+
+
 class TestLegacySwitch:
     """The same module with TF_USE_LEGACY_KERAS=1, where tf.keras is tf_keras."""
 
