@@ -437,6 +437,30 @@ def evaluate(model, dataset, metric_fn=None, logs=None, **options):
     return received[-1] if received else None
 
 
+def fit_in_order(model, **options):
+    model.fit(X, Y, batch_size=8, shuffle=False, verbose=0, **options)
+
+
+def state_of(model):
+    """The values of the weights and of the optimizer's variables."""
+    variables = model.optimizer.variables
+    return [*model.get_weights(), *(v.numpy() for v in (variables() if callable(variables) else variables))]
+
+
+def children(*codes):
+    """Runs pairs of code and environment variables in new processes at once, which share this module and its Hub."""
+    common = {**os.environ, "STAND_IN_HUB": hub.url, "PYTHONPATH": str(HERE)}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    started = [subprocess.Popen([sys.executable, "-c", code], env={**common, **own}, **options) for code, own in codes]
+    try:
+        for child in started:
+            output, _ = child.communicate(timeout=180)
+            assert child.returncode == 0, output
+    finally:
+        for child in started:
+            child.kill()
+
+
 EvalPair = collections.namedtuple("EvalPair", "predictions labels")
 
 
@@ -1206,12 +1230,6 @@ class TestCheckpoint:
             legacy = optimizer == "legacy" and keras not in KERAS3
             return small_model(keras, keras.optimizers.legacy.Adam() if legacy else optimizer.replace("legacy", "sgd"))
 
-        def state(model):
-            variables = model.optimizer.variables
-            return [
-                np.asarray(v.numpy()) for v in [*model.variables, *(variables() if callable(variables) else variables)]
-            ]
-
         straight = build()
         straight.fit(self.DATA, epochs=4, verbose=0)
         build_and_stop = build()
@@ -1220,8 +1238,24 @@ class TestCheckpoint:
         last = load_repo_checkpoint(resumed, "user/model")
         assert last == {"epoch": 1}
         resumed.fit(self.DATA, initial_epoch=last["epoch"] + 1, epochs=4, verbose=0)
-        for received, expected in zip(state(resumed), state(straight), strict=True):
+        for received, expected in zip(state_of(resumed), state_of(straight), strict=True):
             np.testing.assert_array_equal(received, expected)
+
+    def test_a_new_process_resumes_in_the_same_bits(self, keras, tmp_path):
+        whole = small_model(keras)
+        fit_in_order(whole, epochs=4)
+        fit_in_order(small_model(keras), epochs=2, callbacks=[pushing(tmp_path, "resumed", checkpoint=True)])
+        resuming = f"""
+import numpy, test_keras_callbacks as tests
+model = tests.small_model(tests.lineages()[{lineages().index(keras)}])
+last = tests.load_repo_checkpoint(model, "user/resumed", token=tests.WRITE)
+tests.fit_in_order(model, initial_epoch=last["epoch"] + 1, epochs=4)
+numpy.savez({str(tmp_path / "state.npz")!r}, *tests.state_of(model))
+"""
+        children((resuming, {}))
+        with np.load(tmp_path / "state.npz") as state:
+            for left, right in zip(state.values(), state_of(whole), strict=True):
+                np.testing.assert_array_equal(left, right)
 
     def test_after_the_first_epoch_the_epoch_is_0_and_nothing_is_pickled(self, keras, tmp_path):
         small_model(keras).fit(self.DATA, verbose=0, callbacks=[pushing(tmp_path, checkpoint=True)])
@@ -2575,7 +2609,7 @@ def tiny_captioner():
 
 @pytest.mark.filterwarnings("ignore:The initializer .* is unseeded and being called multiple times:UserWarning")
 class TestTransformers:
-    __test__ = has("transformers", "tf_keras", "datasets")
+    __test__ = has("transformers", "tf_keras", "datasets", "rouge_score")
 
     ENDS = list(range(3, 40, 4))  # many tokens end a sequence, so that the lengths differ
 
@@ -2805,6 +2839,27 @@ class TestTransformers:
             loaded(**inputs, labels=inputs["input_ids"]).logits, model(**inputs, labels=inputs["input_ids"]).logits
         )
 
+    def test_the_rouge_recipe_of_the_readme_runs_as_it_stands(self, lines, tokenizer, tmp_path):
+        import datasets
+        import transformers
+
+        texts, topics = map(list, zip(*lines))
+        encoded = dict(tokenizer(texts, text_target=topics, truncation=True, padding="max_length", max_length=16))
+        model = tiny("TFT5ForConditionalGeneration", vocab_size=len(tokenizer))
+        model.compile("adam")
+        collator = transformers.DataCollatorForSeq2Seq(tokenizer, model, return_tensors="np")
+        rows = datasets.Dataset.from_dict(encoded).select(range(12))
+        batches = model.prepare_tf_dataset(rows, batch_size=5, shuffle=False, drop_remainder=False, collate_fn=collator)
+        names = run_readme_block(
+            "RougeScorer", tmp_path, model=model, tokenizer=tokenizer, train_dataset=batches, eval_dataset=batches
+        )
+        scores = {name: model.history.history[name][0] for name in ("rouge1", "rougeL")}
+        inputs = {name: np.array(encoded[name])[:12] for name in ("input_ids", "attention_mask")}
+        decoded = tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=16), skip_special_tokens=True)
+        expected = [names["scorer"].score(topic, text) for topic, text in zip(topics, decoded)]
+        for name, score in scores.items():
+            assert score == pytest.approx(100 * np.mean([each[name].fmeasure for each in expected]))
+
     @pytest.mark.parametrize("optimizer", ["Adam", "AdamWeightDecay"])
     def test_training_resumes_bitwise(self, optimizer, tmp_path):
         import transformers
@@ -2833,26 +2888,6 @@ class TestTransformers:
         assert last == {"epoch": 1}
         for left, right in zip(state_of(resumed), state_of(whole), strict=True):
             np.testing.assert_array_equal(left, right)
-
-
-def state_of(model):
-    """The values of the weights and of the optimizer's variables."""
-    variables = model.optimizer.variables
-    return [*model.get_weights(), *(np.array(v) for v in (variables() if callable(variables) else variables))]
-
-
-def children(*codes):
-    """Runs pairs of code and environment variables in new processes at once, which share this module and its Hub."""
-    common = {**os.environ, "STAND_IN_HUB": hub.url, "PYTHONPATH": str(HERE)}
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    started = [subprocess.Popen([sys.executable, "-c", code], env={**common, **own}, **options) for code, own in codes]
-    try:
-        for child in started:
-            output, _ = child.communicate(timeout=180)
-            assert child.returncode == 0, output
-    finally:
-        for child in started:
-            child.kill()
 
 
 def normalised_model(keras):
@@ -3140,15 +3175,6 @@ keras.distribution.set_distribution(keras.distribution.DataParallel())
 import test_keras_callbacks as tests
 tests.train_in_parallel(pathlib.Path({folder!r}), "parallel")
 """
-RESUMING = """
-import numpy, test_keras_callbacks as tests
-model = tests.small_model(tests.KERAS3[0])
-last = tests.load_repo_checkpoint(model, "user/resumed", token=tests.WRITE)
-tests.fit_in_order(model, initial_epoch=last["epoch"] + 1, epochs=4)
-numpy.savez({path!r}, *tests.state_of(model))
-"""
-
-
 TWO_PROCESSES = """
 import pathlib, keras
 keras.distribution.initialize({addresses!r}, 2, {process})
@@ -3156,10 +3182,6 @@ keras.distribution.set_distribution(keras.distribution.DataParallel())
 import test_keras_callbacks as tests
 tests.train_in_parallel(pathlib.Path({folder!r}), "by_processes")
 """
-
-
-def fit_in_order(model, **options):
-    model.fit(X, Y, batch_size=8, shuffle=False, verbose=0, **options)
 
 
 def train_in_parallel(folder, name):
@@ -3217,15 +3239,6 @@ class TestJax:
         fit_in_order(model, epochs=2, callbacks=[pushing(tmp_path, "by_jax")])
         loaded = keras.saving.load_model("hf://user/by_jax")
         np.testing.assert_array_equal(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
-
-    def test_a_new_process_resumes_bitwise(self, keras, tmp_path):
-        whole = small_model(keras)
-        fit_in_order(whole, epochs=4)
-        fit_in_order(small_model(keras), epochs=2, callbacks=[pushing(tmp_path, "resumed", checkpoint=True)])
-        children((RESUMING.format(path=str(tmp_path / "state.npz")), {}))
-        with np.load(tmp_path / "state.npz") as state:
-            for left, right in zip(state.values(), state_of(whole), strict=True):
-                np.testing.assert_array_equal(left, right)
 
     def test_two_host_devices_measure_and_push_what_one_predicts(self, keras, tmp_path):
         devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
