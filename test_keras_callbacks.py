@@ -1211,6 +1211,49 @@ class TestPush:
         local = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         assert local == {name: content for name, content in on_hub().items() if name != ".gitattributes"}
 
+    KINDS = ["dict inputs", "several outputs"]
+    if BACKEND == "tensorflow":  # a train_step is written differently for each backend
+        KINDS.append("subclassed with a train_step of its own")
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_kinds_of_models_load_back(self, keras, tmp_path, kind):
+        one, two = keras.layers.Input((4,), name="one"), keras.layers.Input((4,), name="two")
+        total = keras.layers.Add()([one, two])
+
+        @keras.saving.register_keras_serializable("tests")
+        class Own(keras.Model):
+            def __init__(self, **config):
+                super().__init__(**config)
+                self.dense = keras.layers.Dense(2)
+
+            def build(self, shape):
+                self.dense.build(shape)
+                super().build(shape)
+
+            def call(self, inputs):
+                return self.dense(inputs)
+
+            def train_step(self, data):
+                self(data[0])
+                self.dense.bias.assign_add(tf.ones(2))
+                return {"loss": tf.constant(0.5)}
+
+        model, x = {
+            "dict inputs": lambda: (
+                keras.Model({"one": one, "two": two}, keras.layers.Dense(2)(total)),
+                {"one": X, "two": X},
+            ),
+            "several outputs": lambda: (keras.Model(one, [keras.layers.Dense(2)(one), keras.layers.Dense(2)(one)]), X),
+            "subclassed with a train_step of its own": lambda: (Own(), X),
+        }[kind]()
+        y = [X[:, :2], X[:, :2]] if kind == "several outputs" else X[:, :2]
+        model.compile("sgd", ["mse", "mse"] if kind == "several outputs" else "mse")
+        model.fit(x, y, verbose=0, callbacks=[pushing(tmp_path, save_strategy="no")])
+        loaded = load(keras, download(tmp_path / "d"))
+        expected = model.predict(x, verbose=0)
+        for left, right in zip(tf.nest.flatten(loaded.predict(x, verbose=0)), tf.nest.flatten(expected), strict=True):
+            np.testing.assert_array_equal(left, right)
+
     def test_a_model_without_an_optimizer_or_metrics(self, keras, tmp_path):
         model = keras.Sequential([keras.layers.Input((4,)), keras.layers.Dense(2)])
         push = pushing(tmp_path, checkpoint=True)
@@ -1219,6 +1262,27 @@ class TestPush:
         push.on_epoch_end(0, {"score": 1.0})
         push.on_train_end()
         np.testing.assert_array_equal(load(keras, download(tmp_path / "d")).get_weights()[0], model.get_weights()[0])
+
+
+class TestUploadCommand:
+    @pytest.mark.filterwarnings("ignore:The final state could not be pushed")
+    def test_the_command_of_the_warning_pushes_what_would_have_been_pushed(self, tmp_path, caplog):
+        model = small_model(lineages()[0])
+        push = pushing(tmp_path)
+        folder = tmp_path / "model"
+        (folder / "notes").mkdir()
+        for name in ("notes/mine.txt", ".env", "notes/.env", "key.pem", "notes/token", "token"):
+            (folder / name).write_text("x")
+        hub.add_fault("commit", 403, times=99)
+        model.fit(X, Y, verbose=0, callbacks=[push])
+        hub.faults.clear()
+        command = next(line for line in caplog.text.splitlines() if " upload user/model " in line)
+        scripts = pathlib.Path(sys.executable).parent
+        environment = {**os.environ, "HF_TOKEN": WRITE, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
+        run = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True, cwd=tmp_path)
+        assert run.returncode == 0, run.stdout + run.stderr
+        model_files = {path.name for path in folder.iterdir() if path.is_file()} - {".env", "key.pem", "token"}
+        assert on_hub().keys() - {".gitattributes"} == model_files | {"notes/mine.txt"}
 
 
 class TestCheckpoint:
