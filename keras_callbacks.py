@@ -163,11 +163,11 @@ class KerasMetricCallback(_AnyKerasCallback):
     ) -> None:
         super().__init__()
         self.metric_fn = metric_fn
-        self._takes_pair = takes_pair(metric_fn)
-        self.eval_dataset = as_dataset(eval_dataset, batch_size)
+        self._takes_pair = _takes_pair(metric_fn)
+        self.eval_dataset = _as_dataset(eval_dataset, batch_size)
         self.batch_size = batch_size
-        self.output_cols = as_list(output_cols)
-        self.label_cols = label_columns(self.eval_dataset.element_spec, as_list(label_cols))
+        self.output_cols = _as_list(output_cols)
+        self.label_cols = _label_columns(self.eval_dataset.element_spec, _as_list(label_cols))
         self.predict_with_generate = predict_with_generate
         self.use_xla_generation = use_xla_generation
         self.generate_kwargs = dict(generate_kwargs or {})
@@ -180,10 +180,10 @@ class KerasMetricCallback(_AnyKerasCallback):
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Refuses, before the first epoch, what the model cannot do."""
         if self.predict_with_generate:
-            inputs, _ = split_element(self.eval_dataset.element_spec)
-            check_generation(self.model, inputs, self.use_xla_generation)
+            inputs, _ = _split_element(self.eval_dataset.element_spec)
+            _check_generation(self.model, inputs, self.use_xla_generation)
         elif self.output_cols:
-            check_output_cols(self.model, self.output_cols)
+            _check_output_cols(self.model, self.output_cols)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Adds the metrics of the evaluation set to `logs`."""
@@ -191,13 +191,13 @@ class KerasMetricCallback(_AnyKerasCallback):
         predictions, labels = self._predict_all()
         pair = EvalPrediction(predictions, labels)
         result = self.metric_fn(pair) if self._takes_pair else self.metric_fn(*pair)
-        metrics = as_metrics(result)
+        metrics = _as_metrics(result)
         clashes = metrics.keys() & logs.keys() - self._warned_of
         if clashes:
             logger.warning("metric_fn replaces %s in the logs of this epoch.", sorted(clashes))
             self._warned_of |= clashes
         logs.update(metrics)
-        notes_about(self.model).evaluated.update(metrics)
+        _notes_about(self.model).evaluated.update(metrics)
 
     def _predict_all(self) -> tuple[Any, Any]:
         """Returns predictions and labels of the whole evaluation set, read in one pass."""
@@ -213,22 +213,22 @@ class KerasMetricCallback(_AnyKerasCallback):
         )
         with progress:
             for element in progress:
-                predictions.append(to_arrays(predict(element)))
-                labels.append(to_arrays(pick_labels(element, self.label_cols)))
+                predictions.append(_to_arrays(predict(element)))
+                labels.append(_to_arrays(_pick_labels(element, self.label_cols)))
         if not predictions:
             raise ValueError("eval_dataset must give at least one batch, but it gave none.")
-        padding = pad_token_id(self.model) if self.predict_with_generate else PADDING
-        return join_batches(predictions, padding), join_batches(labels, PADDING)
+        padding = _pad_token_id(self.model) if self.predict_with_generate else PADDING
+        return _join_batches(predictions, padding), _join_batches(labels, PADDING)
 
     def _predict_step(self) -> Callable[[Any], Any]:
         """Returns the function from an element to predictions, kept from epoch to epoch for one model."""
         if self._predictor is None or self._predictor[0] is not self.model:
             model, spec = self.model, self.eval_dataset.element_spec
             if self.predict_with_generate:
-                step = generation_step(model, spec, self.label_cols, self.use_xla_generation, self.generate_kwargs)
+                step = _generation_step(model, spec, self.label_cols, self.use_xla_generation, self.generate_kwargs)
             else:
-                step = prediction_step(model, spec, self.label_cols)
-            self._predictor = model, lambda element: keep_outputs(model, step(element), self.output_cols)
+                step = _prediction_step(model, spec, self.label_cols)
+            self._predictor = model, lambda element: _keep_outputs(model, step(element), self.output_cols)
         return self._predictor[1]
 
 
@@ -282,7 +282,7 @@ class PushToHubCallback(_AnyKerasCallback):
         **model_card_args: Any,
     ) -> None:
         super().__init__()
-        self.save_strategy = as_strategy(save_strategy)
+        self.save_strategy = _as_strategy(save_strategy)
         if self.save_strategy == IntervalStrategy.STEPS and (
             isinstance(save_steps, bool) or not isinstance(save_steps, (int, np.integer)) or save_steps < 1
         ):
@@ -311,7 +311,7 @@ class PushToHubCallback(_AnyKerasCallback):
         self.model_card_args = model_card_args
         self.output_dir = Path(output_dir)
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        self._repo = HubRepo(hub_model_id or self.output_dir.resolve().name, hub_token)
+        self._repo = _HubRepo(hub_model_id or self.output_dir.resolve().name, hub_token)
         self.hub_model_id = self._repo.repo_id
         self.training_history: list[dict[str, Any]] = []
         self.last_job: concurrent.futures.Future[Any] | None = None
@@ -326,7 +326,7 @@ class PushToHubCallback(_AnyKerasCallback):
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Starts the history and the count of batches anew."""
         self.training_history = []
-        self._rows = self._rows or dict(notes_about(self.model).rows)
+        self._rows = self._rows or dict(_notes_about(self.model).rows)
         self._batches_before_epoch = self._batches_in_epoch = 0
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
@@ -344,7 +344,7 @@ class PushToHubCallback(_AnyKerasCallback):
         """Notes the logs and, with "epoch", saves."""
         self._batches_before_epoch += self._batches_in_epoch
         self._batches_in_epoch = 0
-        row = numbers_in(logs or {})
+        row = _numbers_in(logs or {})
         self.training_history.append(row)
         self._rows = {done: known for done, known in self._rows.items() if done < epoch} | {epoch: row}
         if self.save_strategy == IntervalStrategy.EPOCH:
@@ -356,7 +356,7 @@ class PushToHubCallback(_AnyKerasCallback):
 
     def _save_and_push(self, message: str, final: bool = False) -> None:
         """Writes a save into `output_dir` and hands it to an upload, unless one still runs."""
-        chief = is_chief(self.model)
+        chief = _is_chief(self.model)
         workspace, files = self._write_save(self.output_dir if chief else Path(tempfile.gettempdir()), publish=chief)
         if final:
             self._repo.wait_for_running_upload()
@@ -364,12 +364,12 @@ class PushToHubCallback(_AnyKerasCallback):
             workspace.close()
             return
         announce = print if final and self._verbose() else None
-        upload = Upload(self._repo, workspace, files, self.output_dir, message, final, announce)
+        upload = _Upload(self._repo, workspace, files, self.output_dir, message, final, announce)
         self.last_job = upload.start()
         if final:
             upload.finish()
 
-    def _write_save(self, parent: Path, publish: bool) -> tuple[Workspace, set[str]]:
+    def _write_save(self, parent: Path, publish: bool) -> tuple[_Workspace, set[str]]:
         """Writes all files aside, then moves them into `output_dir`; returns the workspace and their names.
 
         Every process of a distributed training writes, since saving can be collective; one publishes.
@@ -377,20 +377,20 @@ class PushToHubCallback(_AnyKerasCallback):
         part = "a folder for the save"
         with contextlib.ExitStack() as at_failure:
             try:
-                workspace = Workspace(parent)
+                workspace = _Workspace(parent)
                 at_failure.callback(workspace.close)
                 part = "the model"
-                workspace.reserve(save_size(self.model, self.checkpoint))
-                write_model(self.model, workspace.staged)
+                workspace.reserve(_save_size(self.model, self.checkpoint))
+                _write_model(self.model, workspace.staged)
                 part = "the tokenizer"
                 if self.tokenizer is not None:
-                    write_tokenizer(self.tokenizer, workspace.staged)
+                    _write_tokenizer(self.tokenizer, workspace.staged)
                 if self.checkpoint and self._rows:
                     part = "the checkpoint"
-                    write_checkpoint(self.model, self._rows, workspace.staged / CHECKPOINT_FOLDER)
+                    _write_checkpoint(self.model, self._rows, workspace.staged / CHECKPOINT_FOLDER)
                 self._write_card(workspace.staged)
                 part = "the files"
-                names = {name for name, _ in files_below(workspace.staged)}
+                names = {name for name, _ in _files_below(workspace.staged)}
                 if publish:
                     workspace.publish(names, self.output_dir, obsolete=self._saved_files - names - {CARD})
                     self._saved_files = names
@@ -408,7 +408,7 @@ class PushToHubCallback(_AnyKerasCallback):
         try:
             if existing.exists() and CARD_MARK not in existing.read_text("utf-8", errors="replace"):
                 return
-            card = model_card(
+            card = _model_card(
                 *(self.model, self.tokenizer, self.hub_model_id),
                 *(self._rows, self._params(), self.model_card_args),
             )
@@ -446,9 +446,9 @@ def load_repo_checkpoint(model: Any, repo_path_or_name: str | Path, token: str |
         try:
             folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, token=token))
         except Exception as error:
-            raise redacted(error, token)
-    rows = read_checkpoint(model, folder / CHECKPOINT_FOLDER)
-    notes_about(model).rows = rows
+            raise _redacted(error, token)
+    rows = _read_checkpoint(model, folder / CHECKPOINT_FOLDER)
+    _notes_about(model).rows = rows
     return {"epoch": max(rows)}
 
 
@@ -459,7 +459,7 @@ class EvalPrediction(NamedTuple):
     label_ids: Any
 
 
-class Notes:
+class _Notes:
     """What the callbacks tell each other about one model."""
 
     def __init__(self) -> None:
@@ -467,12 +467,12 @@ class Notes:
         self.rows: dict[int, dict[str, Any]] = {}  # logs by epoch, from the checkpoint that was loaded
 
 
-_notes: weakref.WeakKeyDictionary[Any, Notes] = weakref.WeakKeyDictionary()
+_notes: weakref.WeakKeyDictionary[Any, _Notes] = weakref.WeakKeyDictionary()
 
 
-def notes_about(model: Any) -> Notes:
+def _notes_about(model: Any) -> _Notes:
     """Returns the notes about a model; an attribute of the model itself could end up in its files."""
-    return _notes.setdefault(model, Notes())
+    return _notes.setdefault(model, _Notes())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -480,12 +480,12 @@ def notes_about(model: Any) -> Notes:
 # ---------------------------------------------------------------------------------------------
 
 
-def as_list(names: str | list[str] | None) -> list[str] | None:
+def _as_list(names: str | list[str] | None) -> list[str] | None:
     """Returns a list for a list or a single name, None for None."""
     return [names] if isinstance(names, str) else None if names is None else list(names)
 
 
-def as_strategy(strategy: Any) -> IntervalStrategy:
+def _as_strategy(strategy: Any) -> IntervalStrategy:
     """Returns the IntervalStrategy for one, for its value in any case, or for another enum's such value."""
     try:
         return IntervalStrategy(str(getattr(strategy, "value", strategy)).lower())
@@ -494,7 +494,7 @@ def as_strategy(strategy: Any) -> IntervalStrategy:
         raise ValueError(f"save_strategy must be one of {choices}, but received {strategy!r}.") from None
 
 
-def takes_pair(metric_fn: Any) -> bool:
+def _takes_pair(metric_fn: Any) -> bool:
     """Returns whether `metric_fn` takes one (predictions, label_ids) pair rather than two arguments.
 
     Raises:
@@ -523,7 +523,7 @@ def takes_pair(metric_fn: Any) -> bool:
     return pair
 
 
-def as_dataset(data: Any, batch_size: int | None) -> Any:
+def _as_dataset(data: Any, batch_size: int | None) -> Any:
     """Returns `data` as a finite, batched and prefetching tf.data.Dataset, or raises an error that says why not."""
     if isinstance(data, tf.data.Dataset):
         cardinality = int(data.cardinality())
@@ -532,7 +532,7 @@ def as_dataset(data: Any, batch_size: int | None) -> Any:
         if cardinality == 0:
             raise ValueError("eval_dataset must give at least one batch, but it is empty.")
     else:
-        data = batched(data, batch_size)
+        data = _batched(data, batch_size)
     spec = data.element_spec
     if isinstance(spec, tuple) and len(spec) > 3:
         raise ValueError(
@@ -542,7 +542,7 @@ def as_dataset(data: Any, batch_size: int | None) -> Any:
     return data.prefetch(tf.data.AUTOTUNE)
 
 
-def batched(data: Any, batch_size: int | None) -> Any:
+def _batched(data: Any, batch_size: int | None) -> Any:
     """Returns arrays or tensors, in a tuple or dict where there are several, as batches of a tf.data.Dataset."""
     if not (isinstance(data, (Mapping, tuple, np.ndarray)) or tf.is_tensor(data)):
         raise TypeError(
@@ -554,7 +554,7 @@ def batched(data: Any, batch_size: int | None) -> Any:
             "batch_size must be a positive integer when eval_dataset is not a tf.data.Dataset, "
             f"but received batch_size={batch_size!r}."
         )
-    data = as_slices(data)
+    data = _as_slices(data)
     lengths = {leaf.shape[0] if leaf.shape.rank else None for leaf in tf.nest.flatten(data) if leaf is not None}
     if len(lengths) != 1 or not lengths.isdisjoint({0, None}):
         raise ValueError(
@@ -564,12 +564,12 @@ def batched(data: Any, batch_size: int | None) -> Any:
     return tf.data.Dataset.from_tensor_slices(data).batch(batch_size)
 
 
-def as_slices(data: Any) -> Any:
+def _as_slices(data: Any) -> Any:
     """Returns the same nesting with tensors for arrays; lists of arrays become tuples, as tf.data wants them."""
     if isinstance(data, Mapping):
-        return {name: as_slices(column) for name, column in data.items()}
+        return {name: _as_slices(column) for name, column in data.items()}
     if isinstance(data, tuple) or (isinstance(data, list) and any(hasattr(part, "shape") for part in data)):
-        return tuple(as_slices(part) for part in data)
+        return tuple(_as_slices(part) for part in data)
     return data if data is None or tf.is_tensor(data) else tf.convert_to_tensor(data)
 
 
@@ -578,20 +578,20 @@ def as_slices(data: Any) -> Any:
 # ---------------------------------------------------------------------------------------------
 
 
-def split_element(element: Any) -> tuple[Any, Any]:
+def _split_element(element: Any) -> tuple[Any, Any]:
     """Returns the inputs and labels of a data set's element or of its spec; labels are None where there are none."""
     inputs, labels, *_ = (*element, None) if isinstance(element, tuple) else (element, None)
     is_spec_of_none = isinstance(labels, tf.TypeSpec) and not hasattr(labels, "shape")
     return inputs, None if is_spec_of_none else labels
 
 
-def columns_of(element: Any) -> dict[str, Any]:
+def _columns_of(element: Any) -> dict[str, Any]:
     """Returns all named columns of an element or of its spec; those of the labels win."""
-    named = [part for part in split_element(element) if isinstance(part, Mapping)]
+    named = [part for part in _split_element(element) if isinstance(part, Mapping)]
     return {name: column for part in named for name, column in part.items()}
 
 
-def label_columns(spec: Any, wanted: list[str] | None) -> list[str] | None:
+def _label_columns(spec: Any, wanted: list[str] | None) -> list[str] | None:
     """Decides which columns are the labels.
 
     Args:
@@ -604,7 +604,7 @@ def label_columns(spec: Any, wanted: list[str] | None) -> list[str] | None:
     Raises:
         ValueError: A wanted column is missing, none can be found, or labels are single values, not batches.
     """
-    labels, columns = split_element(spec)[1], columns_of(spec)
+    labels, columns = _split_element(spec)[1], _columns_of(spec)
     if wanted is not None:
         missing = [name for name in wanted if name not in columns]
         if missing or not wanted:
@@ -636,23 +636,23 @@ def label_columns(spec: Any, wanted: list[str] | None) -> list[str] | None:
     return names
 
 
-def pick_labels(element: Any, names: list[str] | None) -> Any:
+def _pick_labels(element: Any, names: list[str] | None) -> Any:
     """Returns the labels of a batch: the bare column where there is one, a dict for several, None for none."""
     if names is None:
-        return split_element(element)[1]
-    columns = columns_of(element)
+        return _split_element(element)[1]
+    columns = _columns_of(element)
     return columns[names[0]] if len(names) == 1 else {name: columns[name] for name in names} or None
 
 
-def input_columns(model: Any, spec: Any, label_cols: list[str] | None) -> list[str] | None:
+def _input_columns(model: Any, spec: Any, label_cols: list[str] | None) -> list[str] | None:
     """Decides which columns the model is to see; None stands for the inputs as they are, which have no columns.
 
     Label columns reach only a model that takes them by name. A functional model gets just the columns
     that it has inputs for: Keras 3 matches the sorted columns to the inputs by position, and would take
     a label column of the right shape for an input.
     """
-    inputs, labels = split_element(spec)
-    if is_transformers(model):
+    inputs, labels = _split_element(spec)
+    if _is_transformers(model):
         takes = inspect.signature(model.call).parameters
         names = [name for name in takes if isinstance(inputs, Mapping) and name in inputs]
         # An encoder-decoder that is given labels but no decoder inputs makes these from the labels.
@@ -661,18 +661,18 @@ def input_columns(model: Any, spec: Any, label_cols: list[str] | None) -> list[s
         return names or None
     if not isinstance(inputs, Mapping):
         return None
-    names = functional_names(model.input if hasattr(model, "input") else None)
+    names = _functional_names(model.input if hasattr(model, "input") else None)
     if names and inputs.keys() >= set(names):
         return names
     return [name for name in inputs if name not in (label_cols or [])]
 
 
-def pick_inputs(model: Any, element: Any, names: list[str] | None) -> Any:
+def _pick_inputs(model: Any, element: Any, names: list[str] | None) -> Any:
     """Returns what the model is to see of an element: the columns of these names, or the inputs as they are."""
-    inputs, labels = split_element(element)
+    inputs, labels = _split_element(element)
     if names is None:
         return inputs
-    columns = columns_of(element)
+    columns = _columns_of(element)
     if not isinstance(inputs, Mapping):
         columns[model.main_input_name] = inputs
     if not isinstance(labels, Mapping):
@@ -680,14 +680,14 @@ def pick_inputs(model: Any, element: Any, names: list[str] | None) -> Any:
     return {name: columns[name] for name in names}
 
 
-def functional_names(symbolic: Any) -> list[str]:
+def _functional_names(symbolic: Any) -> list[str]:
     """Returns the names of a functional model's inputs; none where the model is not functional."""
     if isinstance(symbolic, Mapping):
         return list(symbolic)
     return [tensor.name for tensor in tf.nest.flatten(symbolic) if tensor is not None]
 
 
-def is_transformers(model: Any) -> bool:
+def _is_transformers(model: Any) -> bool:
     """Returns whether it is a model of transformers, whose `call` takes the columns by name."""
     return hasattr(model, "main_input_name") and hasattr(model, "config")
 
@@ -697,43 +697,43 @@ def is_transformers(model: Any) -> bool:
 # ---------------------------------------------------------------------------------------------
 
 
-def prediction_step(model: Any, spec: Any, label_cols: list[str] | None) -> Callable[[Any], Any]:
+def _prediction_step(model: Any, spec: Any, label_cols: list[str] | None) -> Callable[[Any], Any]:
     """Returns the function from an element of the data set to the model's outputs."""
-    names = input_columns(model, spec, label_cols)
-    if not is_tensorflow(model) or overrides(model, "predict_on_batch"):
+    names = _input_columns(model, spec, label_cols)
+    if not _is_tensorflow(model) or _overrides(model, "predict_on_batch"):
         # KerasHub's models preprocess there. JAX and PyTorch want arrays, text stays TensorFlow's.
-        return lambda element: model.predict_on_batch(to_backend(model, pick_inputs(model, element, names)))
+        return lambda element: model.predict_on_batch(_to_backend(model, _pick_inputs(model, element, names)))
     # The model's own step, compiled once: predict_on_batch of tf_keras builds a data set for every batch
     # (5 ms a call instead of 0.5), that of Keras 3 returns rows once per replica under MirroredStrategy.
     eager = getattr(model, "run_eagerly", False)
     step = model.predict_step if eager else tf.function(model.predict_step, reduce_retracing=True)
-    return lambda element: step((pick_inputs(model, element, names),))
+    return lambda element: step((_pick_inputs(model, element, names),))
 
 
-def is_tensorflow(model: Any) -> bool:
+def _is_tensorflow(model: Any) -> bool:
     """Returns whether TensorFlow computes the model, rather than another backend of Keras 3."""
-    return bool(keras_of(model).backend.backend() == "tensorflow")
+    return bool(_keras_of(model).backend.backend() == "tensorflow")
 
 
-def overrides(model: Any, method: str) -> bool:
+def _overrides(model: Any, method: str) -> bool:
     """Returns whether the model's class changes a method that it has from Keras' own."""
     return getattr(type(model), method).__module__.partition(".")[0] not in ("keras", "tf_keras")
 
 
-def to_backend(model: Any, inputs: Any) -> Any:
+def _to_backend(model: Any, inputs: Any) -> Any:
     """Returns the inputs as the model's backend takes them: NumPy arrays but for TensorFlow; text as it is."""
-    if is_tensorflow(model):
+    if _is_tensorflow(model):
         return inputs
     return tf.nest.map_structure(lambda leaf: leaf if leaf.dtype == tf.string else leaf.numpy(), inputs)
 
 
-def keras_of(model: Any) -> Any:
+def _keras_of(model: Any) -> Any:
     """Returns the Keras package that the model's class comes from: `keras` or `tf_keras`."""
     roots = [cls.__module__.partition(".")[0] for cls in type(model).__mro__]
     return importlib.import_module(next((root for root in roots if root in ("keras", "tf_keras")), "keras"))
 
 
-def keep_outputs(model: Any, outputs: Any, output_cols: list[str] | None) -> Any:
+def _keep_outputs(model: Any, outputs: Any, output_cols: list[str] | None) -> Any:
     """Returns the outputs to keep: the bare one where it is one, a dict for several, all if they have no names."""
     if not isinstance(outputs, Mapping):
         if output_cols:
@@ -745,18 +745,18 @@ def keep_outputs(model: Any, outputs: Any, output_cols: list[str] | None) -> Any
     config = getattr(model, "config", None)
     ignored = ["loss", *(getattr(config, "keys_to_ignore_at_inference", None) or [])]
     names = output_cols or [name for name in outputs if name not in ignored and outputs[name] is not None]
-    check_names(output_cols, set(outputs))
+    _check_names(output_cols, set(outputs))
     return outputs[names[0]] if len(names) == 1 else {name: outputs[name] for name in names}
 
 
-def check_output_cols(model: Any, output_cols: list[str]) -> None:
+def _check_output_cols(model: Any, output_cols: list[str]) -> None:
     """Raises ValueError where a functional model shows already that it lacks such an output."""
     outputs = model.output if hasattr(model, "output") else None
     if isinstance(outputs, Mapping):
-        check_names(output_cols, set(outputs))
+        _check_names(output_cols, set(outputs))
 
 
-def check_names(output_cols: list[str] | None, known: set[str]) -> None:
+def _check_names(output_cols: list[str] | None, known: set[str]) -> None:
     """Raises ValueError if a wanted output is unknown."""
     if not known.issuperset(output_cols or []):
         raise ValueError(
@@ -764,11 +764,11 @@ def check_names(output_cols: list[str] | None, known: set[str]) -> None:
         )
 
 
-def as_metrics(result: Any) -> dict[str, Any]:
+def _as_metrics(result: Any) -> dict[str, Any]:
     """Returns the result of `metric_fn` with plain Python numbers, or raises TypeError showing what it is."""
     if not isinstance(result, Mapping):
         raise TypeError(f"metric_fn must return a dict of metric names to numbers, but returned {result!r}.")
-    metrics = {name: plain_number(value) for name, value in result.items()}
+    metrics = {name: _plain_number(value) for name, value in result.items()}
     for name, number in metrics.items():
         if number is None or not isinstance(name, str):
             raise TypeError(
@@ -777,7 +777,7 @@ def as_metrics(result: Any) -> dict[str, Any]:
     return metrics
 
 
-def plain_number(value: Any) -> int | float | None:
+def _plain_number(value: Any) -> int | float | None:
     """Returns a Python number for a number, a NumPy scalar or a 0-d array or tensor, and None for all else."""
     try:
         value = value.numpy() if tf.is_tensor(value) else value
@@ -789,9 +789,9 @@ def plain_number(value: Any) -> int | float | None:
         return None
 
 
-def numbers_in(logs: Mapping[str, Any]) -> dict[str, int | float]:
+def _numbers_in(logs: Mapping[str, Any]) -> dict[str, int | float]:
     """Returns those of the logs that are numbers, as plain ones."""
-    numbers = {str(name): plain_number(value) for name, value in logs.items()}
+    numbers = {str(name): _plain_number(value) for name, value in logs.items()}
     return {name: number for name, number in numbers.items() if number is not None}
 
 
@@ -800,40 +800,40 @@ def numbers_in(logs: Mapping[str, Any]) -> dict[str, int | float]:
 # ---------------------------------------------------------------------------------------------
 
 
-def to_arrays(batch: Any) -> Any:
+def _to_arrays(batch: Any) -> Any:
     """Returns the batch with arrays of shape (examples, ...) for tensors, and plain dicts, lists and tuples.
 
     Ragged tensors are padded at the end of their rows, a scalar becomes an array of one value.
     """
     if isinstance(batch, tf.Tensor):
-        return plain_array(batch.numpy())
+        return _plain_array(batch.numpy())
     if batch is None:
         return None
     if isinstance(batch, Mapping):
-        return {name: to_arrays(part) for name, part in batch.items() if part is not None}
+        return {name: _to_arrays(part) for name, part in batch.items() if part is not None}
     if isinstance(batch, (list, tuple)) and not (batch and isinstance(batch[0], (str, bytes))):
         kind = list if isinstance(batch, list) else tuple
-        return kind(to_arrays(part) for part in batch if part is not None)
+        return kind(_to_arrays(part) for part in batch if part is not None)
     if isinstance(batch, tf.RaggedTensor):
         values = batch.flat_values.numpy()
         is_padded = values.size < math.prod(batch.bounding_shape().numpy())
-        dtype = wide_enough(values.dtype, PADDING) if is_padded else values.dtype
+        dtype = _wide_enough(values.dtype, PADDING) if is_padded else values.dtype
         batch = batch.with_flat_values(values.astype(dtype))
-        return plain_array(batch.to_tensor(filler(dtype, PADDING)).numpy())
+        return _plain_array(batch.to_tensor(_filler(dtype, PADDING)).numpy())
     if isinstance(batch, tf.SparseTensor):
-        return plain_array(tf.sparse.to_dense(batch).numpy())
-    return plain_array(np.asarray(batch))
+        return _plain_array(tf.sparse.to_dense(batch).numpy())
+    return _plain_array(np.asarray(batch))
 
 
-def plain_array(values: Any) -> np.ndarray[Any, Any]:
+def _plain_array(values: Any) -> np.ndarray[Any, Any]:
     """Returns an array of shape (examples, ...), with float32 for half precision and str for UTF-8."""
     array = np.atleast_1d(values)
     if array.dtype.name in ("float16", "bfloat16"):
         return array.astype(np.float32)
-    return np.frompyfunc(as_str, 1, 1)(array) if array.dtype.kind in "OS" else array
+    return np.frompyfunc(_as_str, 1, 1)(array) if array.dtype.kind in "OS" else array
 
 
-def as_str(text: Any) -> Any:
+def _as_str(text: Any) -> Any:
     """Returns str for UTF-8, and bytes that are none as they are."""
     try:
         return text.decode()
@@ -841,26 +841,27 @@ def as_str(text: Any) -> Any:
         return text
 
 
-def join_batches(batches: list[Any], padding: int) -> Any:
+def _join_batches(batches: list[Any], padding: int) -> Any:
     """Joins batches on axis 0, whatever their nesting, and takes `batches` apart so that memory is freed."""
     first = batches[0]
     if first is None:
         return None
     if isinstance(first, dict):
-        return {name: join_batches([batch.pop(name) for batch in batches], padding) for name in list(first)}
+        return {name: _join_batches([batch.pop(name) for batch in batches], padding) for name in list(first)}
     if isinstance(first, (list, tuple)):
         parts = [list(batch) for batch in batches]
         batches.clear()
         longest = max(map(len, parts))
         for part in parts:  # the scores of a generation that ended early have fewer steps
-            missing = functools.partial(np.full_like, fill_value=padding)
-            part += [tf.nest.map_structure(missing, part[-1]) for _ in range(longest - len(part))]
-        joined = [join_batches([part.pop() for part in parts], padding) for _ in range(longest)]
+            part += [tf.nest.map_structure(lambda a: np.full_like(a, _filler(a.dtype, padding)), part[-1])] * (
+                longest - len(part)
+            )
+        joined = [_join_batches([part.pop() for part in parts], padding) for _ in range(longest)]
         return type(first)(reversed(joined))
-    return join_arrays(batches, padding)
+    return _join_arrays(batches, padding)
 
 
-def join_arrays(arrays: list[np.ndarray[Any, Any]], padding: int) -> np.ndarray[Any, Any]:
+def _join_arrays(arrays: list[np.ndarray[Any, Any]], padding: int) -> np.ndarray[Any, Any]:
     """Joins arrays on axis 0 and pads every other axis at its end to the longest; empties `arrays`.
 
     The peak of memory is the result plus one batch: pages of the result come into being as they are
@@ -880,7 +881,7 @@ def join_arrays(arrays: list[np.ndarray[Any, Any]], padding: int) -> np.ndarray[
     longest = tuple(max(sizes) for sizes in zip(*(array.shape[1:] for array in arrays)))
     dtype = functools.reduce(np.promote_types, {array.dtype for array in arrays})
     if any(array.shape[1:] != longest for array in arrays):
-        dtype = wide_enough(dtype, padding)
+        dtype = _wide_enough(dtype, padding)
     end = sum(map(len, arrays))
     joined = np.empty((end, *longest), dtype)  # (examples, longest, ...)
     while arrays:
@@ -890,18 +891,18 @@ def join_arrays(arrays: list[np.ndarray[Any, Any]], padding: int) -> np.ndarray[
         block[inside] = array
         short = [axis for axis in range(1, array.ndim) if array.shape[axis] < joined.shape[axis]]
         for axis in short:  # what lies beyond the array on this axis, written once
-            block[(*inside[:axis], slice(array.shape[axis], None))] = filler(dtype, padding)
+            block[(*inside[:axis], slice(array.shape[axis], None))] = _filler(dtype, padding)
         end -= len(array)
     return joined
 
 
-def wide_enough(dtype: np.dtype[Any], padding: int) -> np.dtype[Any]:
+def _wide_enough(dtype: np.dtype[Any], padding: int) -> np.dtype[Any]:
     """Returns the smallest dtype that holds the values of `dtype` and its filler."""
-    fill = filler(dtype, padding)
+    fill = _filler(dtype, padding)
     return dtype if isinstance(fill, str) else np.promote_types(dtype, np.min_scalar_type(fill))
 
 
-def filler(dtype: np.dtype[Any], padding: int) -> int | str:
+def _filler(dtype: np.dtype[Any], padding: int) -> int | str:
     """Returns what arrays of this dtype are padded with."""
     return "" if dtype.kind in "UO" else padding if dtype.kind in "iu" else PADDING
 
@@ -911,66 +912,66 @@ def filler(dtype: np.dtype[Any], padding: int) -> int | str:
 # ---------------------------------------------------------------------------------------------
 
 
-def check_generation(model: Any, inputs_spec: Any, use_xla: bool) -> None:
+def _check_generation(model: Any, inputs_spec: Any, use_xla: bool) -> None:
     """Raises an error where the model cannot generate from such inputs; warns where XLA is its own affair."""
     if not hasattr(model, "generate"):
         raise ValueError(
             f"predict_with_generate=True needs a model with a method generate, but received a {type(model).__name__}."
         )
-    if not is_transformers(model):
+    if not _is_transformers(model):
         if use_xla:
             logger.warning(
                 "use_xla_generation has no effect on %s, which compiles generate itself; "
                 "compile(jit_compile=True) is the switch there.",
                 type(model).__name__,
             )
-    elif isinstance(inputs_spec, Mapping) and main_input_name(model) not in inputs_spec:
+    elif isinstance(inputs_spec, Mapping) and _main_input_name(model) not in inputs_spec:
         raise ValueError(
-            f"predict_with_generate=True needs the column {main_input_name(model)!r} in eval_dataset, "
+            f"predict_with_generate=True needs the column {_main_input_name(model)!r} in eval_dataset, "
             f"but received {sorted(inputs_spec)}."
         )
 
 
-def generation_step(
+def _generation_step(
     model: Any, spec: Any, label_cols: list[str] | None, use_xla: bool, generate_kwargs: dict[str, Any]
 ) -> Callable[[Any], Any]:
     """Returns the function from an element of the data set to what the model generates."""
-    main, others = generation_columns(model, split_element(spec)[0], label_cols)
+    main, others = _generation_columns(model, _split_element(spec)[0], label_cols)
 
     def generate(inputs: Any, columns: dict[str, Any]) -> Any:
         return model.generate(inputs, **columns, **generate_kwargs)
 
-    run = xla_generate(generate) if use_xla and is_transformers(model) else generate
+    run = _xla_generate(generate) if use_xla and _is_transformers(model) else generate
 
     def step(element: Any) -> Any:
-        inputs, _ = split_element(element)
+        inputs, _ = _split_element(element)
         if not isinstance(inputs, Mapping):
-            return run(to_backend(model, inputs[0] if isinstance(inputs, tuple) else inputs), {})
+            return run(_to_backend(model, inputs[0] if isinstance(inputs, tuple) else inputs), {})
         columns = {name: inputs[name] for name in others}
-        return run(inputs[main], columns) if main else run(to_backend(model, columns), {})
+        return run(inputs[main], columns) if main else run(_to_backend(model, columns), {})
 
     return step
 
 
-def generation_columns(model: Any, inputs_spec: Any, label_cols: list[str] | None) -> tuple[str | None, list[str]]:
+def _generation_columns(model: Any, inputs_spec: Any, label_cols: list[str] | None) -> tuple[str | None, list[str]]:
     """Returns the column that generation starts from, and those that go along by name.
 
     Models of another library than transformers take the batch as it is: there the first is None.
     """
     names = [name for name in inputs_spec if name not in (label_cols or [])] if isinstance(inputs_spec, Mapping) else []
-    if not is_transformers(model):
+    if not _is_transformers(model):
         return None, names
-    main = main_input_name(model)
+    main = _main_input_name(model)
     takes = inspect.signature(model.call).parameters.keys() - {main, "labels"}
     return main, [name for name in names if name in takes and not name.startswith("decoder_")]
 
 
-def main_input_name(model: Any) -> str:
+def _main_input_name(model: Any) -> str:
     """Returns the column that generation starts from: an encoder-decoder's is that of its encoder."""
     return str(getattr(getattr(model, "encoder", None), "main_input_name", model.main_input_name))
 
 
-def xla_generate(generate: Callable[[Any, dict[str, Any]], Any]) -> Callable[[Any, dict[str, Any]], Any]:
+def _xla_generate(generate: Callable[[Any, dict[str, Any]], Any]) -> Callable[[Any, dict[str, Any]], Any]:
     """Compiles `generate` with XLA, once for each width of the inputs.
 
     A smaller batch, such as the last, would cost a compilation of its own (13 s for a small T5). It is
@@ -983,7 +984,6 @@ def xla_generate(generate: Callable[[Any, dict[str, Any]], Any]) -> Callable[[An
         nonlocal full
         size = int(main.shape[0])
         full = max(full, size)
-
         if size == full:
             return compiled(main, others)
 
@@ -997,7 +997,7 @@ def xla_generate(generate: Callable[[Any, dict[str, Any]], Any]) -> Callable[[An
     return run
 
 
-def pad_token_id(model: Any) -> int:
+def _pad_token_id(model: Any) -> int:
     """Returns the token that pads generated sequences, or -100 where the model has none."""
     configs = [getattr(model, name, None) for name in ("generation_config", "config")]
     tokens = [getattr(config, "pad_token_id", None) for config in configs]
@@ -1009,50 +1009,50 @@ def pad_token_id(model: Any) -> int:
 # ---------------------------------------------------------------------------------------------
 
 
-def is_chief(model: Any) -> bool:
+def _is_chief(model: Any) -> bool:
     """Returns whether this process is the one of a distributed training that writes and pushes."""
-    if keras_of(model).backend.backend() == "jax":
+    if _keras_of(model).backend.backend() == "jax":
         return bool(sys.modules["jax"].process_index() == 0)
-    return bool(strategy_of(model).extended.should_checkpoint)
+    return bool(_strategy_of(model).extended.should_checkpoint)
 
 
-def strategy_of(model: Any) -> Any:
+def _strategy_of(model: Any) -> Any:
     """Returns the tf.distribute.Strategy that the model was made under."""
     return getattr(model, "distribute_strategy", None) or tf.distribute.get_strategy()
 
 
-def write_model(model: Any, folder: Path) -> None:
+def _write_model(model: Any, folder: Path) -> None:
     """Writes the model into `folder` in the format of its library."""
-    keras = keras_of(model)
+    keras = _keras_of(model)
     if hasattr(model, "save_pretrained"):  # transformers
         model.save_pretrained(str(folder))
     elif hasattr(model, "save_to_preset"):  # KerasHub
         model.save_to_preset(str(folder))
-    elif is_keras3(keras):  # what load_model("hf://owner/name") reads
+    elif _is_keras3(keras):  # what load_model("hf://owner/name") reads
         keras.saving.save_model(model, str(folder), zipped=False)
     else:
         model.save(str(folder / "model.keras"))
 
 
-def save_size(model: Any, checkpoint: bool) -> int:
+def _save_size(model: Any, checkpoint: bool) -> int:
     """Returns the bytes that a save takes, roughly: the variables, the checkpoint's, and what is around them."""
-    variables = [variable for _, variable in checkpoint_variables(model)]
+    variables = [variable for _, variable in _checkpoint_variables(model)]
     size: int = sum(4096 + math.prod(variable.shape) * tf.as_dtype(variable.dtype).size for variable in variables)
     return (2 if checkpoint else 1) * size + 2**20
 
 
-def is_keras3(keras: Any) -> bool:
+def _is_keras3(keras: Any) -> bool:
     """Returns whether it is a Keras 3 that can save a model as a folder."""
     return "zipped" in inspect.signature(keras.saving.save_model).parameters
 
 
-def write_tokenizer(tokenizer: Any, folder: Path) -> None:
+def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Writes the tokenizer into `folder` by what it can do."""
     save = tokenizer.save_pretrained if hasattr(tokenizer, "save_pretrained") else tokenizer.save_to_preset
     save(str(folder))
 
 
-def write_checkpoint(model: Any, rows: dict[int, dict[str, Any]], folder: Path) -> None:
+def _write_checkpoint(model: Any, rows: dict[int, dict[str, Any]], folder: Path) -> None:
     """Writes all variables to state.npz, the epoch among them, and the epoch and the logs to state.json.
 
     The archive is NumPy's own (https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html),
@@ -1060,16 +1060,16 @@ def write_checkpoint(model: Any, rows: dict[int, dict[str, Any]], folder: Path) 
     `save_weights` would leave out the state of legacy optimizers, such as transformers' AdamWeightDecay.
     """
     folder.mkdir(parents=True)
-    arrays = itertools.chain([("epoch", np.array(max(rows)))], checkpoint_variables(model))
+    arrays = itertools.chain([("epoch", np.array(max(rows)))], _checkpoint_variables(model))
     with zipfile.ZipFile(folder / "state.npz", "w") as archive:
         for name, array in arrays:
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, array_of(array), allow_pickle=False)
-    state = {"epoch": max(rows), "optimizer": optimizer_name(model), "history": rows}
+                np.lib.format.write_array(member, _array_of(array), allow_pickle=False)
+    state = {"epoch": max(rows), "optimizer": _optimizer_name(model), "history": rows}
     (folder / "state.json").write_text(json.dumps(state, indent=1), "utf-8")
 
 
-def checkpoint_variables(model: Any) -> Iterator[tuple[str, Any]]:
+def _checkpoint_variables(model: Any) -> Iterator[tuple[str, Any]]:
     """Yields the names and variables of a checkpoint: the model's, then its optimizer's, in their order."""
     optimizer = getattr(model, "optimizer", None)
     variables = getattr(optimizer, "variables", [])  # a method of legacy optimizers
@@ -1082,19 +1082,19 @@ def checkpoint_variables(model: Any) -> Iterator[tuple[str, Any]]:
             yield f"{part}.{index}", variable
 
 
-def array_of(variable: Any) -> np.ndarray[Any, Any]:
+def _array_of(variable: Any) -> np.ndarray[Any, Any]:
     """Returns the value of a variable of any backend, or an array as it is."""
     return np.asarray(variable.numpy() if hasattr(variable, "numpy") else variable)
 
 
-def optimizer_name(model: Any) -> str | None:
+def _optimizer_name(model: Any) -> str | None:
     """Returns the class of the model's optimizer, None where it has none."""
     optimizer = getattr(model, "optimizer", None)
     return None if optimizer is None else type(optimizer).__name__
 
 
-def read_checkpoint(model: Any, folder: Path) -> dict[int, dict[str, Any]]:
-    """Restores the model from what write_checkpoint wrote and returns the logs by epoch.
+def _read_checkpoint(model: Any, folder: Path) -> dict[int, dict[str, Any]]:
+    """Restores the model from what _write_checkpoint wrote and returns the logs by epoch.
 
     Everything is read and compared before the first variable is assigned.
     """
@@ -1108,23 +1108,23 @@ def read_checkpoint(model: Any, folder: Path) -> dict[int, dict[str, Any]]:
         with (folder / "state.npz").open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
         epoch = arrays.pop("epoch").item()
-        rows = {int(done): numbers_in(row) for done, row in state["history"].items()}
+        rows = {int(done): _numbers_in(row) for done, row in state["history"].items()}
         if type(state["epoch"]) is not int or not 0 <= epoch == state["epoch"] == max(rows):
             raise ValueError(f"the weights are of epoch {epoch}, state.json says {state['epoch']!r}")
     except Exception as error:
         raise ValueError(f"The checkpoint in {folder} is damaged: {error}. Take an earlier one.") from error
-    if optimizer_name(model) != state.get("optimizer"):
+    if _optimizer_name(model) != state.get("optimizer"):
         raise ValueError(
             f"The checkpoint was trained with the optimizer {state.get('optimizer')}, "
-            f"but received a model compiled with {optimizer_name(model)}."
+            f"but received a model compiled with {_optimizer_name(model)}."
         )
     optimizer = getattr(model, "optimizer", None)
     if optimizer is not None:
         build = getattr(optimizer, "build", None) or optimizer._create_all_weights  # legacy optimizers
-        with strategy_of(model).scope():
+        with _strategy_of(model).scope():
             build(model.trainable_variables)
-    variables = dict(checkpoint_variables(model))
-    expected = {name: (array.shape, array.dtype) for name, array in zip(variables, map(array_of, variables.values()))}
+    variables = dict(_checkpoint_variables(model))
+    expected = {name: (array.shape, array.dtype) for name, array in zip(variables, map(_array_of, variables.values()))}
     # NumPy stores dtypes that it does not know, such as bfloat16, as bare bytes ("V2")
     arrays = {
         name: array.view(expected[name][1]) if array.dtype.kind == "V" and name in expected else array
@@ -1142,7 +1142,7 @@ def read_checkpoint(model: Any, folder: Path) -> dict[int, dict[str, Any]]:
     return rows
 
 
-class Workspace:
+class _Workspace:
     """A private folder for one save and its upload, locked for as long as it is in use.
 
     It lies in the folder that the save goes to, so that files can be moved and linked from one to the
@@ -1150,15 +1150,15 @@ class Workspace:
     """
 
     def __init__(self, parent: Path) -> None:
-        parent_lock = lock_folder(parent, wait=True)  # nobody removes what is not locked yet
+        parent_lock = _lock_folder(parent, wait=True)  # nobody removes what is not locked yet
         try:
             for leftover in parent.glob(WORKSPACE_PREFIX + "*"):
-                lock = lock_folder(leftover, wait=False)
+                lock = _lock_folder(leftover, wait=False)
                 if lock is not None:
                     shutil.rmtree(leftover, ignore_errors=True)
                     os.close(lock)
             self.folder = Path(tempfile.mkdtemp(prefix=WORKSPACE_PREFIX, dir=parent))
-            self._lock = lock_folder(self.folder, wait=False)
+            self._lock = _lock_folder(self.folder, wait=False)
         finally:
             if parent_lock is not None:
                 os.close(parent_lock)
@@ -1212,7 +1212,7 @@ class Workspace:
             self._lock = None
 
 
-def lock_folder(folder: Path, wait: bool) -> int | None:
+def _lock_folder(folder: Path, wait: bool) -> int | None:
     """Returns a descriptor that locks the folder until it is closed or its process dies, or None."""
     if fcntl is None:
         return None
@@ -1228,7 +1228,7 @@ def lock_folder(folder: Path, wait: bool) -> int | None:
     return descriptor
 
 
-def files_below(folder: Path) -> Iterator[tuple[str, Path]]:
+def _files_below(folder: Path) -> Iterator[tuple[str, Path]]:
     """Yields the name, with "/" between its parts, and the path of each file that may be pushed.
 
     Credentials and caches are left out; links are followed only where they stay inside the folder.
@@ -1240,15 +1240,15 @@ def files_below(folder: Path) -> Iterator[tuple[str, Path]]:
         folders[:] = sorted(
             name
             for name in folders
-            if may_be_pushed(here / name, folder, root) and (here / name).resolve() not in above
+            if _may_be_pushed(here / name, folder, root) and (here / name).resolve() not in above
         )
         for name in sorted(files):
             path = here / name
-            if path.is_file() and may_be_pushed(path, folder, root):
+            if path.is_file() and _may_be_pushed(path, folder, root):
                 yield path.relative_to(folder).as_posix(), path
 
 
-def may_be_pushed(path: Path, folder: Path, root: Path) -> bool:
+def _may_be_pushed(path: Path, folder: Path, root: Path) -> bool:
     """Returns whether neither the path nor what it links to is outside the root or among NEVER_PUSHED."""
     target = path.resolve()
     if not target.is_relative_to(root):
@@ -1263,7 +1263,7 @@ def may_be_pushed(path: Path, folder: Path, root: Path) -> bool:
 # ---------------------------------------------------------------------------------------------
 
 
-class HubRepo:
+class _HubRepo:
     """The repository, what this run has put there, and the upload under way."""
 
     def __init__(self, name: str, token: str | None) -> None:
@@ -1271,12 +1271,12 @@ class HubRepo:
         self.token = token
         self.files: set[str] = set()  # what saves of this run may have committed
         self.commit: str | None = None  # the commit this run made last, if it brought the card
-        self.upload: Upload | None = None
+        self.upload: _Upload | None = None
         try:
             self.repo_id = self.api.create_repo(name, exist_ok=True).repo_id
             self._check_permission()
         except Exception as error:
-            raise redacted(error, token)
+            raise _redacted(error, token)
         self.url = f"{self.api.endpoint}/{self.repo_id}"
 
     def _check_permission(self) -> None:
@@ -1289,7 +1289,7 @@ class HubRepo:
         try:
             self.api.preupload_lfs_files(self.repo_id, [probe])
         except Exception as error:
-            if status_of(error) in (401, 403):
+            if _status_of(error) in (401, 403):
                 raise
 
     def is_idle(self) -> bool:
@@ -1303,7 +1303,7 @@ class HubRepo:
             concurrent.futures.wait([self.upload.future])
 
 
-class Upload:
+class _Upload:
     """One save on its way to the Hub: tried in the background until committed, refused or given up.
 
     What huggingface_hub repeats itself depends on its version: up to five times within some 23 seconds
@@ -1314,8 +1314,8 @@ class Upload:
 
     def __init__(
         self,
-        repo: HubRepo,
-        workspace: Workspace,
+        repo: _HubRepo,
+        workspace: _Workspace,
         files: set[str],
         output_dir: Path,
         message: str,
@@ -1343,7 +1343,7 @@ class Upload:
             self.announce(f"Pushing {self.output_dir} to {self.repo.url}")
         try:
             self.workspace.link(self.files, self.output_dir)
-            self._others = {name: path for name, path in files_below(self.output_dir) if name not in self.files}
+            self._others = {name: path for name, path in _files_below(self.output_dir) if name not in self.files}
         except OSError as error:
             self._fail(error)
         else:
@@ -1357,8 +1357,8 @@ class Upload:
         error = self.future.exception()
         if error is not None:
             message = (
-                f"The final state could not be pushed to {self.repo.url}: {describe(error)}. It is complete in "
-                f"{self.output_dir}; push it with:\n{upload_command(self.repo.repo_id, self.output_dir)}"
+                f"The final state could not be pushed to {self.repo.url}: {_describe(error)}. It is complete in "
+                f"{self.output_dir}; push it with:\n{_upload_command(self.repo.repo_id, self.output_dir)}"
             )
             logger.error(message)
             warnings.warn(message, stacklevel=2)
@@ -1368,9 +1368,9 @@ class Upload:
 
     def _supervise(self) -> None:
         """Tries until the commit is made or there is no point in going on."""
-        started = now()
+        started = _now()
         try:
-            with progress_bars(shown=self.announce is not None):
+            with _progress_bars(shown=self.announce is not None):
                 for tries in itertools.count():
                     try:
                         commit = self._try_once()
@@ -1378,9 +1378,9 @@ class Upload:
                     except Exception as error:
                         if self._drops_card(error):
                             continue
-                        pause = retry_after(error) or FIRST_WAIT * 2**tries * random.uniform(1, 1.5)
+                        pause = _retry_after(error) or FIRST_WAIT * 2**tries * random.uniform(1, 1.5)
                         seconds = FINAL_SECONDS if self.final else BACKGROUND_SECONDS
-                        if is_refusal(error) or now() - started + pause > seconds or self._wait(pause):
+                        if _is_refusal(error) or _now() - started + pause > seconds or self._wait(pause):
                             raise
         except BaseException as error:
             self._fail(error)
@@ -1390,27 +1390,27 @@ class Upload:
 
     def _wait(self, seconds: float) -> bool:
         """Waits before the next try; returns whether there shall be none."""
-        until = now() + seconds
-        while now() < until and not self.last_try.is_set() and threading.main_thread().is_alive():
-            wait_for(self.last_try, min(1.0, until - now()))  # looks up to see whether the interpreter exits
+        until = _now() + seconds
+        while _now() < until and not self.last_try.is_set() and threading.main_thread().is_alive():
+            _wait_for(self.last_try, min(1.0, until - _now()))  # looks up to see whether the interpreter exits
         return self.last_try.is_set() or not threading.main_thread().is_alive()
 
     def _drops_card(self, error: BaseException) -> bool:
         """Returns whether to go on without the model card, which may be what the Hub refuses."""
-        suspect = self._with_card and (status_of(error) in (400, 422) or isinstance(error, ValueError))
-        if suspect and is_refusal(error):
+        suspect = self._with_card and (_status_of(error) in (400, 422) or isinstance(error, ValueError))
+        if suspect and _is_refusal(error):
             self._with_card = False
-            logger.warning("Pushing without the model card: %s", describe(redacted(error, self.repo.token)))
+            logger.warning("Pushing without the model card: %s", _describe(_redacted(error, self.repo.token)))
             return True
         return False
 
     def _fail(self, error: BaseException) -> None:
         self.workspace.close()
-        error = redacted(error, self.repo.token)
+        error = _redacted(error, self.repo.token)
         if not self.final and not self.last_try.is_set():
             logger.warning(
                 '"%s" was not pushed to %s: %s. It is complete in %s; the next save is pushed instead.',
-                *(self.message, self.repo.url, describe(error), self.output_dir),
+                *(self.message, self.repo.url, _describe(error), self.output_dir),
             )
         self.future.set_exception(error)
 
@@ -1431,14 +1431,14 @@ class Upload:
         self._expect_answer()
         threading.Thread(target=run, name="push_to_hub_try", daemon=True).start()
         while not done.done():
-            if now() > self._answer_due:
+            if _now() > self._answer_due:
                 raise TimeoutError(f"{self.repo.url} has not answered in time")
-            concurrent.futures.wait([done], timeout=min(1.0, max(0.0, self._answer_due - now())))
+            concurrent.futures.wait([done], timeout=min(1.0, max(0.0, self._answer_due - _now())))
         return done.result()
 
     def _expect_answer(self, size: int = 0) -> None:
         """Notes until when the Hub has to answer a request of so many bytes."""
-        self._answer_due = now() + REQUEST_SECONDS + size / SLOWEST_LINK
+        self._answer_due = _now() + REQUEST_SECONDS + size / SLOWEST_LINK
 
     def _commit(self) -> Any:
         """Sends the snapshot as one commit on top of the newest one, and returns its CommitInfo."""
@@ -1448,7 +1448,7 @@ class Upload:
         for name, path in self._others.items():  # files of the user's, which may grow while they are sent
             self.workspace.copy(path, name)
         self._others = {}
-        paths = dict(files_below(self.workspace.snapshot))
+        paths = dict(_files_below(self.workspace.snapshot))
         if not self._with_card or (CARD in on_hub and info.sha != self.repo.commit and self._card_is_human(info.sha)):
             paths.pop(CARD, None)
         additions = []
@@ -1477,17 +1477,17 @@ class Upload:
             return CARD_MARK not in Path(card).read_text("utf-8", errors="replace")
 
 
-def now() -> float:
+def _now() -> float:
     """Returns the seconds of a clock that never goes back."""
     return time.monotonic()
 
 
-def wait_for(event: threading.Event, seconds: float) -> None:
+def _wait_for(event: threading.Event, seconds: float) -> None:
     """Waits until the event is set, at most so many seconds."""
     event.wait(seconds)
 
 
-def causes(error: BaseException | None) -> Iterator[BaseException]:
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
     """Yields an error, what caused it, what caused that, and so on."""
     seen: list[BaseException] = []
     while error is not None and error not in seen:
@@ -1496,23 +1496,23 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def status_of(error: BaseException) -> int | None:
+def _status_of(error: BaseException) -> int | None:
     """Returns the HTTP status that the Hub answered with; a failed LFS upload has it in its cause."""
-    responses = (getattr(link, "response", None) for link in causes(error))
+    responses = (getattr(link, "response", None) for link in _causes(error))
     return next((response.status_code for response in responses if response is not None), None)
 
 
-def is_refusal(error: BaseException) -> bool:
+def _is_refusal(error: BaseException) -> bool:
     """Returns whether the same request would fail again; connection errors and timeouts are none."""
-    status = status_of(error)
+    status = _status_of(error)
     if status is not None:
         return status < 500 and status not in (408, 409, 412, 423, 425, 429)
     return isinstance(error, (TypeError, ValueError)) and not isinstance(error, OSError)
 
 
-def retry_after(error: BaseException) -> float | None:
+def _retry_after(error: BaseException) -> float | None:
     """Returns the seconds that the Hub asks to wait: RFC 9110, section 10.2.3, a number or a date."""
-    for link in causes(error):
+    for link in _causes(error):
         value = getattr(getattr(link, "response", None), "headers", {}).get("Retry-After")
         if value is not None and value.strip().isdigit():
             return float(value)
@@ -1522,10 +1522,10 @@ def retry_after(error: BaseException) -> float | None:
     return None
 
 
-def redacted(error: BaseException, token: str | None) -> BaseException:
+def _redacted(error: BaseException, token: str | None) -> BaseException:
     """Returns the error with the token, which a server may echo, removed from all its texts."""
     for secret in filter(None, (token, huggingface_hub.get_token())):
-        for link in causes(error):
+        for link in _causes(error):
             for name, value in list(vars(link).items()):
                 if isinstance(value, str):
                     setattr(link, name, value.replace(secret, "[token]"))
@@ -1534,16 +1534,16 @@ def redacted(error: BaseException, token: str | None) -> BaseException:
     return error
 
 
-def describe(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     """Returns the error and what lies at its bottom, in one line."""
-    links = list(causes(error))
+    links = list(_causes(error))
     return " ".join(
         " because of ".join(f"{type(link).__name__}: {link}" for link in links[:: len(links) - 1 or 1]).split()
     )
 
 
 @contextlib.contextmanager
-def progress_bars(shown: bool) -> Iterator[None]:
+def _progress_bars(shown: bool) -> Iterator[None]:
     """Keeps huggingface_hub from drawing bars into Keras' own, unless the user's environment decides."""
     utils: Any = huggingface_hub.utils
     decided = huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS is not None
@@ -1557,7 +1557,7 @@ def progress_bars(shown: bool) -> Iterator[None]:
         utils.enable_progress_bars()
 
 
-def upload_command(repo_id: str, folder: Path) -> str:
+def _upload_command(repo_id: str, folder: Path) -> str:
     """Returns the command of the installed huggingface_hub that pushes the folder as this module would."""
     # These patterns are for whole paths, of which "*" may match several parts.
     wide = [name if name.startswith("*") else f"*/{name}" for name in NEVER_PUSHED]
@@ -1608,7 +1608,7 @@ HUB_METRICS = {  # https://huggingface.co/metrics: the pattern that a name in th
 }
 
 
-def model_card(
+def _model_card(
     model: Any,
     tokenizer: Any,
     repo_id: str,
@@ -1626,19 +1626,19 @@ def model_card(
         params: The parameters that Keras tells its callbacks.
         facts: The `model_card_args` of PushToHubCallback.
     """
-    name, base, library = repo_id.split("/")[-1], base_model(model, facts), library_of(model)
+    name, base, library = repo_id.split("/")[-1], _base_model(model, facts), _library_of(model)
     last = rows[max(rows)] if rows else {}
     origin = f"fine-tuned from [{base}](https://huggingface.co/{base})" if base else "trained from scratch"
-    data = " and ".join(map(as_text, names_in(facts.get("dataset")))) or "an unnamed data set"
-    results = "\n".join(f"- {column_title(key)}: {as_digits(value)}" for key, value in last.items())
+    data = " and ".join(map(_as_text, _names_in(facts.get("dataset")))) or "an unnamed data set"
+    results = "\n".join(f"- {_column_title(key)}: {_as_digits(value)}" for key, value in last.items())
     left_to_author = "More information needed: only the author of this model can tell."
     return f"""---
-{card_data(model, name, base, library, last, facts).to_yaml()}
+{_card_data(model, name, base, library, last, facts).to_yaml()}
 ---
 
 {CARD_MARK} Complete the card, then remove this comment: the card is yours from then on. -->
 
-# {as_text(name)}
+# {_as_text(name)}
 
 A {type(model).__name__}, {origin} on {data}. After {len(rows)} epochs:
 
@@ -1659,84 +1659,84 @@ A {type(model).__name__}, {origin} on {data}. After {len(rows)} epochs:
 ## How to load it
 
 ```python
-{loading_code(model, tokenizer, library, repo_id)}
+{_loading_code(model, tokenizer, library, repo_id)}
 ```
 
 ## Hyperparameters
 
-{hyperparameters(model, params)}
+{_hyperparameters(model, params)}
 
 ## Results by epoch
 
-{results_table(rows)}
+{_results_table(rows)}
 
 ## Framework versions
 
-{framework_versions()}
+{_framework_versions()}
 """
 
 
-def card_data(
+def _card_data(
     model: Any, name: str, base: str | None, library: str, last: dict[str, Any], facts: dict[str, Any]
 ) -> huggingface_hub.ModelCardData:
     """Returns the metadata of the card; `last` is the row of the last epoch."""
-    tasks, tags, datasets = (names_in(facts.get(key)) for key in ("tasks", "dataset_tags", "dataset"))
-    validation = validation_metrics(model, last)
+    tasks, tags, datasets = (_names_in(facts.get(key)) for key in ("tasks", "dataset_tags", "dataset"))
+    validation = _validation_metrics(model, last)
     results = [
         huggingface_hub.EvalResult(
             task_type=task,
             dataset_type=tag or dataset,
             dataset_name=dataset or tag,
             dataset_config=config,
-            metric_type=hub_metric(key),
+            metric_type=_hub_metric(key),
             metric_name=key,
             metric_value=value,
         )
         for task in tasks
-        for dataset, tag, config in itertools.zip_longest(datasets, tags, names_in(facts.get("dataset_args")))
+        for dataset, tag, config in itertools.zip_longest(datasets, tags, _names_in(facts.get("dataset_args")))
         if dataset or tag
         for key, value in validation.items()
     ]
     return huggingface_hub.ModelCardData(
-        language=names_in(facts.get("language")) or None,
-        license=next(iter(names_in(facts.get("license"))), None),
+        language=_names_in(facts.get("language")) or None,
+        license=next(iter(_names_in(facts.get("license"))), None),
         library_name=library,
-        tags=[*names_in(facts.get("tags")), "generated_from_keras_callback"],
+        tags=[*_names_in(facts.get("tags")), "generated_from_keras_callback"],
         base_model=base,
         datasets=tags or None,
         pipeline_tag=tasks[0] if len(tasks) == 1 and tasks[0] in HUB_TASKS else None,
-        metrics=sorted({hub_metric(key) for key in validation}) or None,
+        metrics=sorted({_hub_metric(key) for key in validation}) or None,
         model_name=name,
         eval_results=results or None,
     )
 
 
-def base_model(model: Any, facts: dict[str, Any]) -> str | None:
+def _base_model(model: Any, facts: dict[str, Any]) -> str | None:
     """Returns the model on the Hub that this one was trained from; a local path is none."""
     name = facts.get("finetuned_from") or getattr(getattr(model, "config", None), "_name_or_path", None)
     is_on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) and not Path(str(name)).exists()
     return str(name) if name and is_on_hub else None
 
 
-def library_of(model: Any) -> str:
+def _library_of(model: Any) -> str:
     """Returns the library to load the model with, as the Hub names it."""
     if hasattr(model, "save_pretrained"):
         return "transformers"
     if hasattr(model, "save_to_preset"):
         return "keras-hub"
-    return "keras" if is_keras3(keras_of(model)) else "tf-keras"
+    return "keras" if _is_keras3(_keras_of(model)) else "tf-keras"
 
 
-def names_in(value: Any) -> list[str]:
+def _names_in(value: Any) -> list[str]:
     """Returns a list of names, each in one line, for a name, a data set of the datasets library, or several."""
     values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
     names = (getattr(item, "builder_name", None) or item for item in values)
     return [" ".join(str(name).split()) for name in names if isinstance(name, (str, int, float))]
 
 
-def validation_metrics(model: Any, row: dict[str, Any]) -> dict[str, Any]:
+def _validation_metrics(model: Any, row: dict[str, Any]) -> dict[str, Any]:
     """Returns the finite metrics of one epoch that were computed on validation data, but for the loss."""
-    evaluated = notes_about(model).evaluated
+    evaluated = _notes_about(model).evaluated
     return {
         key: value
         for key, value in row.items()
@@ -1744,34 +1744,34 @@ def validation_metrics(model: Any, row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def hub_metric(key: str) -> str:
+def _hub_metric(key: str) -> str:
     """Returns the Hub's name for a metric in the logs, or its own where the Hub has none."""
     name = key.removeprefix("val_")
     return next((metric for metric, pattern in HUB_METRICS.items() if re.search(pattern, name)), name)
 
 
-def as_text(text: Any) -> str:
+def _as_text(text: Any) -> str:
     """Returns text that Markdown and HTML show as it is, in one line."""
     return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", html.escape(" ".join(str(text).split()), quote=False))
 
 
-def column_title(name: str) -> str:
+def _column_title(name: str) -> str:
     """Returns the heading of a metric in the logs."""
-    return as_text(f"Validation {name[4:]}" if name.startswith("val_") else name)
+    return _as_text(f"Validation {name[4:]}" if name.startswith("val_") else name)
 
 
-def as_digits(value: Any) -> str:
+def _as_digits(value: Any) -> str:
     """Returns a number with four significant digits."""
     return "" if value is None else f"{value:.4g}"
 
 
-def hyperparameters(model: Any, params: dict[str, Any]) -> str:
+def _hyperparameters(model: Any, params: dict[str, Any]) -> str:
     """Returns a list of how the model was trained, with the optimizer's configuration as JSON."""
-    strategy = strategy_of(model)
-    policy = getattr(model, "dtype_policy", None) or keras_of(model).mixed_precision.global_policy()
+    strategy = _strategy_of(model)
+    policy = getattr(model, "dtype_policy", None) or _keras_of(model).mixed_precision.global_policy()
     optimizer = getattr(model, "optimizer", None)
-    config = {"class_name": optimizer_name(model), **(optimizer.get_config() if optimizer else {})}
-    readable = json.dumps(config, indent=2, default=lambda value: plain_number(value) or str(value))
+    config = {"class_name": _optimizer_name(model), **(optimizer.get_config() if optimizer else {})}
+    readable = json.dumps(config, indent=2, default=lambda value: _plain_number(value) or str(value))
     return f"""- precision: {getattr(policy, "name", policy)}
 - epochs: {params.get("epochs", "unknown")} of {params.get("steps") or "an unknown number of"} steps
 - batch size: {params.get("batch_size") or "not told to callbacks"}
@@ -1783,25 +1783,25 @@ def hyperparameters(model: Any, params: dict[str, Any]) -> str:
 ```"""
 
 
-def results_table(rows: dict[int, dict[str, Any]]) -> str:
+def _results_table(rows: dict[int, dict[str, Any]]) -> str:
     """Returns a table of all epochs and the union of their columns, in the order of their first appearance."""
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    titles = ["Epoch", *map(column_title, names)]
+    titles = ["Epoch", *map(_column_title, names)]
     lines = [titles, ["---:"] * len(titles)]
-    lines += [[str(epoch), *(as_digits(row.get(name)) for name in names)] for epoch, row in sorted(rows.items())]
+    lines += [[str(epoch), *(_as_digits(row.get(name)) for name in names)] for epoch, row in sorted(rows.items())]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def framework_versions() -> str:
+def _framework_versions() -> str:
     """Returns a list of the libraries in use and their versions."""
     libraries = ["keras", "tf_keras", "keras_hub", "transformers", "tensorflow", "jax", "torch", "numpy", "datasets"]
     loaded = {name: getattr(sys.modules.get(name), "__version__", None) for name in [*libraries, "huggingface_hub"]}
     return "\n".join(f"- {name} {version}" for name, version in loaded.items() if version)
 
 
-def loading_code(model: Any, tokenizer: Any, library: str, repo_id: str) -> str:
+def _loading_code(model: Any, tokenizer: Any, library: str, repo_id: str) -> str:
     """Returns the Python that loads the model, and its tokenizer where it has one, from the Hub."""
-    name, keras, tokens = type(model).__name__, keras_of(model).__name__, type(tokenizer).__name__
+    name, keras, tokens = type(model).__name__, _keras_of(model).__name__, type(tokenizer).__name__
     tokenizer_line = f'tokenizer = {tokens}.from_pretrained("{repo_id}")\n' if tokenizer is not None else ""
     return {
         "transformers": f"""from transformers import {name}{f", {tokens}" if tokenizer_line else ""}

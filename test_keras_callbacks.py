@@ -938,21 +938,21 @@ class TestJoinBatches:
     def test_every_axis_is_padded_and_the_dtype_widened_only_where_needed(self, shapes, dtype, joined_dtype):
         batches = [RNG.integers(0, 2, shape).astype(dtype) for shape in shapes]
         expected = self.by_hand(batches, -100)
-        joined = kc.join_batches(list(batches), -100)
+        joined = kc._join_batches(list(batches), -100)
         np.testing.assert_array_equal(joined, expected.astype(joined_dtype))
         assert joined.dtype == joined_dtype
 
     def test_text_is_padded_with_the_empty_string(self):
         words = [np.array([["a", "b"]], object), np.array([["c"]], object)]
-        assert kc.join_batches(words, -100).tolist() == [["a", "b"], ["c", ""]]
-        assert kc.join_batches([np.array([["a", "b"]]), np.array([["cde"]])], -100).tolist() == [
+        assert kc._join_batches(words, -100).tolist() == [["a", "b"], ["c", ""]]
+        assert kc._join_batches([np.array([["a", "b"]]), np.array([["cde"]])], -100).tolist() == [
             ["a", "b"],
             ["cde", ""],
         ]
 
     def test_bfloat16_is_padded(self):
         dtype = tf.bfloat16.as_numpy_dtype
-        joined = kc.join_batches([np.ones((1, 2), dtype), np.ones((1, 1), dtype)], -100)
+        joined = kc._join_batches([np.ones((1, 2), dtype), np.ones((1, 1), dtype)], -100)
         assert joined.dtype == dtype
         assert joined.astype("f4").tolist() == [[1, 1], [1, -100]]
 
@@ -961,7 +961,7 @@ class TestJoinBatches:
             {"a": np.ones((2, 1)), "b": (np.ones((2, 2)), [np.zeros((2, 1))])},
             {"a": np.ones((1, 1)), "b": (np.ones((1, 1)), [np.zeros((1, 1)), np.zeros((1, 1))])},
         ]
-        joined = kc.join_batches(batches, -100)
+        joined = kc._join_batches(batches, -100)
         assert joined["a"].tolist() == [[1], [1], [1]]
         assert type(joined["b"]) is tuple
         assert joined["b"][0].tolist() == [[1, 1], [1, 1], [1, -100]]
@@ -980,7 +980,7 @@ class TestJoinBatches:
 
     def test_ranks_that_differ_are_refused(self):
         with pytest.raises(ValueError, match=r"same number of axes.*\[1, 2\]"):
-            kc.join_batches([np.ones(2), np.ones((2, 2))], -100)
+            kc._join_batches([np.ones(2), np.ones((2, 2))], -100)
 
 
 class TestGenerateOfOwn:
@@ -1518,8 +1518,8 @@ class Clock:
     def __init__(self, monkeypatch, stage):
         self.seconds, self.stage = 0.0, stage
         self.waits = collections.Counter()  # seconds waited after so many requests of the stage
-        monkeypatch.setattr(kc, "now", lambda: self.seconds)
-        monkeypatch.setattr(kc, "wait_for", self.wait_for)
+        monkeypatch.setattr(kc, "_now", lambda: self.seconds)
+        monkeypatch.setattr(kc, "_wait_for", self.wait_for)
 
     def wait_for(self, event, seconds):
         self.waits[asked(self.stage)] += seconds
@@ -1584,7 +1584,7 @@ class TestFaults:
             history = train(model, callback)
         assert len(history.history["loss"]) == 1
         assert asked(stage) - before == 1
-        assert kc.status_of(callback.last_job.exception()) == status
+        assert kc._status_of(callback.last_job.exception()) == status
         error = next(r.getMessage() for r in caplog.records if r.levelname == "ERROR" and r.name == "keras_callbacks")
         told = next(str(w.message) for w in warned if "could not be pushed" in str(w.message))
         for message in (error, told):
@@ -1656,7 +1656,7 @@ class TestFaults:
             tries.append(seconds)
             hub.down = len(tries) < 3
 
-        monkeypatch.setattr(kc, "wait_for", third_try)
+        monkeypatch.setattr(kc, "_wait_for", third_try)
         train(model, callback, at_epoch_end(lambda epoch: strategy == "no" or callback.last_job.result(timeout=60)))
         assert len(tries) >= 3
         assert_same_weights(download(tmp_path / "downloaded", repo), model)
@@ -1703,7 +1703,7 @@ class TestFaults:
         hub.add_fault("commit", 429, headers={"Retry-After": "86400"})
         drive(callback, model)
         callback.on_epoch_end(0, {})
-        assert kc.status_of(callback.last_job.exception(timeout=60)) == 429
+        assert kc._status_of(callback.last_job.exception(timeout=60)) == 429
         assert clock.seconds == 0
         callback.on_train_end()
         assert hub.commits(f"user/{repo}") == ["End of training"]
@@ -1842,7 +1842,7 @@ class TestOthers:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("secret")
         (path.parent / "plain.txt").symlink_to(path)
-        names = {found for found, _ in kc.files_below(callback.output_dir)}
+        names = {found for found, _ in kc._files_below(callback.output_dir)}
         assert names == set()
 
     def test_no_content_of_a_credential_reaches_the_hub(self, callback, tmp_path, repo):
@@ -1880,7 +1880,7 @@ class TestOthers:
         hub.commit(f"{owner}/taken", "initial commit", {"a.txt": b"a"})
         with pytest.raises(huggingface_hub.utils.HfHubHTTPError) as raised:
             PushToHubCallback(tmp_path / "taken", hub_model_id=f"{owner}/taken", hub_token=token)
-        assert kc.status_of(raised.value) in (401, 403)
+        assert kc._status_of(raised.value) in (401, 403)
         assert hub.commits(f"{owner}/taken") == []
         assert token not in "".join(traceback.format_exception(raised.value)) + repr(raised.value)
 
@@ -1934,7 +1934,7 @@ class TestToken:
         assert len(written) >= 2
         written += [str(w.message) for w in warned] + list(capfd.readouterr()) + [repr(callback), str(vars(callback))]
         for error in (background, callback.last_job.exception()):
-            written += traceback.format_exception(error) + [repr(e) + str(e) + str(e.args) for e in kc.causes(error)]
+            written += traceback.format_exception(error) + [repr(e) + str(e) + str(e.args) for e in kc._causes(error)]
         assert [text for text in written if self.SECRET in text] == []
 
     def test_is_in_no_file_and_no_commit(self, model, tmp_path, repo, monkeypatch):
@@ -2244,7 +2244,7 @@ class TestSlowUpload:
             waiting.set()
             event.wait(60)
 
-        monkeypatch.setattr(kc, "wait_for", wait_for)
+        monkeypatch.setattr(kc, "_wait_for", wait_for)
         monkeypatch.setattr(kc, "FIRST_WAIT", 100.0)
         monkeypatch.setattr(kc, "BACKGROUND_SECONDS", 1000.0)
         train(model, callback, at_epoch_end(lambda epoch: waiting.wait(60)))
@@ -2452,7 +2452,7 @@ class TestKill:
         dead = folder / ".keras_callbacks-dead" / "staged"
         dead.mkdir(parents=True)
         (dead / "model.weights.h5").write_bytes(b"half")
-        living = kc.Workspace(folder)
+        living = kc._Workspace(folder)
         (living.staged / "config.json").write_text("{}")
         train(model, callback)
         assert list(folder.glob(".keras_callbacks-*")) == [living.folder]
@@ -2464,7 +2464,7 @@ class TestKill:
 
         def save_often():
             for _ in range(100):
-                kc.Workspace(tmp_path).close()
+                kc._Workspace(tmp_path).close()
             finished.append(True)
 
         threads = [threading.Thread(target=save_often, daemon=True) for _ in range(4)]
