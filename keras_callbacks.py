@@ -1035,10 +1035,13 @@ def _write_model(model: Any, folder: Path) -> None:
 
 
 def _save_size(model: Any, checkpoint: bool) -> int:
-    """Returns the bytes that a save takes, roughly: the variables, the checkpoint's, and what is around them."""
-    variables = [variable for _, variable in _checkpoint_variables(model)]
-    size: int = sum(4096 + math.prod(variable.shape) * tf.as_dtype(variable.dtype).size for variable in variables)
-    return (2 if checkpoint else 1) * size + 2**20
+    """Returns the bytes that a save takes, roughly: the variables, and what is around them."""
+    copies = {"model": 1 + checkpoint, "optimizer": checkpoint + (not hasattr(model, "save_pretrained"))}
+    variables: int = sum(
+        copies[name.partition(".")[0]] * (4096 + math.prod(variable.shape) * tf.as_dtype(variable.dtype).size)
+        for name, variable in _checkpoint_variables(model)
+    )
+    return variables + 2**20
 
 
 def _is_keras3(keras: Any) -> bool:
