@@ -1264,6 +1264,72 @@ class TestPush:
         np.testing.assert_array_equal(load(keras, download(tmp_path / "d")).get_weights()[0], model.get_weights()[0])
 
 
+class TestFoundInReview:
+    def test_files_of_the_model_itself_are_saved_whatever_their_names(self, tmp_path):
+        class Folder:
+            """A tokenizer that writes a file with a name which is never pushed when it is the user's."""
+
+            def save_pretrained(self, folder):
+                (pathlib.Path(folder) / "token").mkdir()
+                (pathlib.Path(folder) / "token" / "vocabulary.txt").write_text("a b")
+
+        model = small_model(lineages()[0])
+        model.fit(X, Y, verbose=0, callbacks=[pushing(tmp_path, tokenizer=Folder())])
+        assert (tmp_path / "model" / "token" / "vocabulary.txt").read_text() == "a b"
+        assert on_hub()["token/vocabulary.txt"] == b"a b"
+
+    def test_the_last_job_cannot_be_cancelled_so_that_fit_cannot_hang(self, tmp_path):
+        fault = hub.add_fault("commit", "wait")
+        push = pushing(tmp_path)
+
+        class Cancelling(Awaited):
+            def on_epoch_end(self, epoch, logs=None):
+                assert fault.reached.wait(60)
+                assert not push.last_job.cancel()
+                fault.release.set()
+
+        small_model(lineages()[0]).fit(X, Y, verbose=0, callbacks=[push, Cancelling(push)])
+        assert hub.commits("user/model")[0] == "Training in progress, epoch 0"
+
+    def test_a_long_upload_has_all_its_tries_left_at_its_first_failure(self, tmp_path, monkeypatch):
+        clock = [0.0]
+        monkeypatch.setattr(kc, "_now", lambda: clock[0])
+        monkeypatch.setattr(kc, "_wait_for", lambda event, seconds: clock.__setitem__(0, clock[0] + seconds))
+        monkeypatch.setattr(kc, "REQUEST_SECONDS", 1e9)
+        hub.add_fault("commit", 503)
+        push = pushing(tmp_path, save_strategy="no")
+        push.set_model(small_model(lineages()[0]))
+        plain_try = kc._Upload._try_once
+
+        def slow_try(upload):
+            clock[0] += 10 * kc.FINAL_SECONDS
+            return plain_try(upload)
+
+        monkeypatch.setattr(kc._Upload, "_try_once", slow_try)
+        push.on_train_end()
+        assert push.last_job.exception() is None
+        assert hub.commits("user/model") == ["End of training"]
+
+    @pytest.mark.parametrize("name", ["answer_f1", "tower_score", "val_interval_f1", "previous_reward"])
+    def test_metric_names_are_found_as_words_only(self, name):
+        assert kc._hub_metric(name) == ("f1" if name.endswith("f1") else name)
+
+    def test_the_token_is_not_in_the_file_name_of_an_error(self):
+        error = kc._redacted(OSError(2, f"no {WRITE}", f"/x/{WRITE}"), WRITE)
+        assert WRITE not in str(error) + repr(error)
+
+    def test_labels_may_have_none_among_them(self, keras):
+        received = evaluate(small_model(keras), tf.data.Dataset.from_tensor_slices((X, (Y, None))).batch(8))
+        np.testing.assert_array_equal(received.labels[0], Y)
+
+    def test_the_pad_token_given_to_generate_pads(self, keras):
+        model = TestGenerateOfOwn.model(keras)
+        model.generate = lambda inputs, pad_token_id: np.ones((len(inputs), len(inputs)), int)
+        data = tf.data.Dataset.from_tensor_slices(X[:3]).batch(2)
+        received = evaluate(model, data, predict_with_generate=True, generate_kwargs={"pad_token_id": 7})
+        assert received.predictions.tolist() == [[1, 1], [1, 1], [1, 7]]
+
+
 class TestUploadCommand:
     @pytest.mark.filterwarnings("ignore:The final state could not be pushed")
     def test_the_command_of_the_warning_pushes_what_would_have_been_pushed(self, tmp_path, caplog):
