@@ -16,6 +16,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import copy
+import dataclasses
 import email.utils
 import enum
 import errno
@@ -525,7 +526,7 @@ def _takes_pair(metric_fn: Any) -> bool:
 
 
 def _as_dataset(data: Any, batch_size: int | None) -> Any:
-    """Returns `data` as a finite, batched and prefetching tf.data.Dataset, or raises an error that says why not."""
+    """Returns `data` as a finite, batched tf.data.Dataset, or raises an error that says why it is none."""
     if isinstance(data, tf.data.Dataset):
         cardinality = int(data.cardinality())
         if cardinality == tf.data.INFINITE_CARDINALITY:
@@ -540,7 +541,7 @@ def _as_dataset(data: Any, batch_size: int | None) -> Any:
             "eval_dataset must give inputs, (inputs, labels) or (inputs, labels, sample_weight), "
             f"but its elements have {len(spec)} parts: {spec}."
         )
-    return data.prefetch(tf.data.AUTOTUNE)
+    return data
 
 
 def _batched(data: Any, batch_size: int | None) -> Any:
@@ -1327,6 +1328,7 @@ class _HubRepo:
             concurrent.futures.wait([self.upload.future])
 
 
+@dataclasses.dataclass(eq=False)
 class _Upload:
     """One save on its way to the Hub: tried in the background until committed, refused or given up.
 
@@ -1336,29 +1338,21 @@ class _Upload:
     again, after what it gave up on. What the Hub has received by then is not sent twice.
     """
 
-    def __init__(
-        self,
-        repo: _HubRepo,
-        workspace: _Workspace,
-        files: set[str],
-        output_dir: Path,
-        message: str,
-        final: bool,
-        announce: Callable[[str], None] | None,
-    ) -> None:
-        self.repo = repo
-        self.workspace = workspace
-        self.files = files
-        self.output_dir = output_dir
-        self.message = message
-        self.final = final
-        self.announce = announce
+    repo: _HubRepo
+    workspace: _Workspace
+    files: set[str]  # the names of the files that the save wrote
+    output_dir: Path
+    message: str
+    final: bool
+    announce: Callable[[str], None] | None
+
+    def __post_init__(self) -> None:
         self.future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         self.future.set_running_or_notify_cancel()  # from now on nobody can cancel it, and all can wait for it
         self.last_try = threading.Event()  # set: the running try is the last one
         self._with_card = True
         self._unchanged = False
-        self._others: dict[str, Path] = {}
+        self._others: dict[str, Path] = {}  # files of the user's that are not in the snapshot yet
         self._answer_due = 0.0
 
     def start(self) -> concurrent.futures.Future[Any]:
@@ -1475,7 +1469,8 @@ class _Upload:
             self.workspace.copy(path, name)
             self._others.pop(name, None)
         paths = _files_in(self.workspace.snapshot)
-        if not self._with_card or (CARD in on_hub and info.sha != self.repo.commit and self._card_is_human(info.sha)):
+        may_be_human = CARD in paths and CARD in on_hub and info.sha != self.repo.commit
+        if not self._with_card or (may_be_human and self._card_is_human(info.sha)):
             paths.pop(CARD, None)
         additions = []
         for name, path in paths.items():
