@@ -709,11 +709,10 @@ def _prediction_step(model: Any, spec: Any, label_cols: list[str] | None) -> Cal
 
     # The model's own step, compiled once: predict_on_batch of tf_keras builds a data set for every batch
     # (5 ms a call instead of 0.5), that of Keras 3 returns rows once per replica under MirroredStrategy.
-    def step(inputs: Any) -> Any:
-        return model.predict_step((inputs,))
-
-    run = step if getattr(model, "run_eagerly", False) else tf.function(step, reduce_retracing=True)
-    return lambda element: run(_pick_inputs(model, element, names))
+    # Not wrapped in a function of ours, which AutoGraph cannot transform on Python 3.13, and says so.
+    eager = getattr(model, "run_eagerly", False)
+    step = model.predict_step if eager else tf.function(model.predict_step, reduce_retracing=True)
+    return lambda element: step((_pick_inputs(model, element, names),))
 
 
 def _is_tensorflow(model: Any) -> bool:
