@@ -1028,13 +1028,13 @@ def _strategy_of(model: Any) -> Any:
 
 def _write_model(model: Any, folder: Path) -> None:
     """Writes the model into `folder` in the format of its library."""
-    keras = _keras_of(model)
-    if hasattr(model, "save_pretrained"):  # transformers
+    library = _library_of(model)
+    if library == "transformers":
         model.save_pretrained(str(folder))
-    elif hasattr(model, "save_to_preset"):  # KerasHub
+    elif library == "keras-hub":
         model.save_to_preset(str(folder))
-    elif _is_keras3(keras):  # what load_model("hf://owner/name") reads
-        keras.saving.save_model(model, str(folder), zipped=False)
+    elif library == "keras":  # what load_model("hf://owner/name") reads
+        _keras_of(model).saving.save_model(model, str(folder), zipped=False)
     else:
         model.save(str(folder / "model.keras"))
 
