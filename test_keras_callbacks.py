@@ -697,9 +697,9 @@ class TestEvalDataset:
             (tf.data.Dataset.from_tensor_slices((X, Y)).batch(8).repeat(), None, ValueError, "must be finite"),
             (tf.data.Dataset.from_tensor_slices((X, Y)), None, ValueError, "must be batched"),
             (tf.data.Dataset.from_tensor_slices({"x": X, "labels": Y}), None, ValueError, "must be batched"),
-            ((X[:0], Y[:0]), 8, ValueError, "at least one"),
+            ((X[:0], Y[:0]), 8, ValueError, "is empty"),
             (tf.data.Dataset.from_tensor_slices((X, Y)).take(0), None, ValueError, "is empty"),
-            ((X, Y[:3]), 8, ValueError, r"received lengths \[22, 3\]"),
+            ((X, Y[:3]), 8, ValueError, "22 and 3"),
             ([X, Y], 8, TypeError, "received list"),
             ((X, Y, Y, Y), 8, ValueError, "have 4 parts"),
         ],
@@ -813,7 +813,7 @@ class TestKindsOfModels:
         np.testing.assert_array_equal(model.get_weights()[0], before[0])
 
     def test_output_cols_of_a_model_without_names_are_refused(self, keras):
-        with pytest.raises(ValueError, match="needs a model that returns a dict"):
+        with pytest.raises(ValueError, match="output_cols must .* Sequential, which are not named, but received"):
             evaluate(small_model(keras), (X, Y), batch_size=8, output_cols=["logits"])
 
     @pytest.mark.parametrize(
@@ -926,7 +926,7 @@ class TestJoinBatches:
         [
             ([(4, 3), (4, 3), (1, 3)], "float32", "float32"),
             ([(2, 3), (2, 5), (1, 4)], "int64", "int64"),
-            ([(2, 3, 7), (3, 5, 2)], "float16", "float16"),
+            ([(2, 3, 7), (3, 5, 2)], "float16", "float32"),
             ([(2, 3), (2, 3)], "uint8", "uint8"),
             ([(2, 3), (2, 4)], "uint8", "int16"),
             ([(2, 3), (2, 4)], "bool", "int8"),
@@ -950,16 +950,16 @@ class TestJoinBatches:
             ["cde", ""],
         ]
 
-    def test_bfloat16_is_padded(self):
+    def test_bfloat16_is_padded_in_float32(self):
         dtype = tf.bfloat16.as_numpy_dtype
         joined = kc._join_batches([np.ones((1, 2), dtype), np.ones((1, 1), dtype)], -100)
-        assert joined.dtype == dtype
-        assert joined.astype("f4").tolist() == [[1, 1], [1, -100]]
+        assert joined.dtype == np.float32
+        assert joined.tolist() == [[1, 1], [1, -100]]
 
     def test_nesting_is_kept_and_missing_parts_are_padding(self):
         batches = [
-            {"a": np.ones((2, 1)), "b": (np.ones((2, 2)), [np.zeros((2, 1))])},
-            {"a": np.ones((1, 1)), "b": (np.ones((1, 1)), [np.zeros((1, 1)), np.zeros((1, 1))])},
+            {"a": np.ones((2, 1)), "b": (np.ones((2, 2)), (np.zeros((2, 1)),))},
+            {"a": np.ones((1, 1)), "b": (np.ones((1, 1)), (np.zeros((1, 1)), np.zeros((1, 1))))},
         ]
         joined = kc._join_batches(batches, -100)
         assert joined["a"].tolist() == [[1], [1], [1]]
@@ -1299,13 +1299,13 @@ class TestFoundInReview:
         hub.add_fault("commit", 503)
         push = pushing(tmp_path, save_strategy="no")
         push.set_model(small_model(lineages()[0]))
-        plain_try = kc._Upload._try_once
+        plain_try = kc._Upload._commit
 
         def slow_try(upload):
             clock[0] += 10 * kc.FINAL_SECONDS
             return plain_try(upload)
 
-        monkeypatch.setattr(kc._Upload, "_try_once", slow_try)
+        monkeypatch.setattr(kc._Upload, "_commit", slow_try)
         push.on_train_end()
         assert push.last_job.exception() is None
         assert hub.commits("user/model") == ["End of training"]
@@ -1908,7 +1908,7 @@ class TestOthers:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("secret")
         (path.parent / "plain.txt").symlink_to(path)
-        names = {found for found, _ in kc._files_below(callback.output_dir)}
+        names = set(kc._files_below(callback.output_dir))
         assert names == set()
 
     def test_no_content_of_a_credential_reaches_the_hub(self, callback, tmp_path, repo):
