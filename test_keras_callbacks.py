@@ -2866,6 +2866,14 @@ class TestTransformers:
         assert not np.array_equal(before, after)
         np.testing.assert_array_equal(received, [before, after])
 
+    @pytest.mark.parametrize("kind", ["GPT2 padded left", "BART", "speech"])
+    def test_xla_generates_what_eager_does_whether_or_not_the_model_needs_autograph(self, kind):
+        make, batches = self.GENERATING[kind]
+        model, (batch, *_), options = make(), batches(), {"max_new_tokens": 4}
+        data, xla = (batch, np.zeros(3)), {"predict_with_generate": True, "use_xla_generation": True}
+        predictions, _ = evaluate(model, data, batch_size=2, generate_kwargs=options, **xla)
+        np.testing.assert_array_equal(predictions, model.generate(**batch, **options).numpy())
+
     @pytest.fixture
     def lines(self):
         """Lines of scikit-learn's descriptions of two data sets, and which one each is about."""
