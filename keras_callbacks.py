@@ -61,7 +61,7 @@ Array = np.ndarray[Any, Any]
 Row = dict[str, "int | float"]  # the logs of one epoch
 
 PADDING = -100  # what collators pad labels with, and what losses ignore
-BACKGROUND_SECONDS = 60.0  # how long one save is tried again while training goes on
+BACKGROUND_SECONDS = 60.0  # how long after its first failure one save is tried again while training goes on
 FINAL_SECONDS = 300.0  # how long the final state is tried again
 FIRST_WAIT = 1.0  # seconds before the second try; doubles with each further one
 REQUEST_SECONDS = 60.0  # how long the Hub may take to answer, on top of the time the bytes take
@@ -163,7 +163,7 @@ class KerasMetricCallback(_AnyKerasCallback):
     ) -> None:
         super().__init__()
         self.metric_fn = metric_fn
-        self._takes_pair = _takes_pair(metric_fn)
+        self._takes_pair = _wants_pair(metric_fn)
         self.eval_dataset = _as_dataset(eval_dataset, batch_size)
         self.batch_size = batch_size
         self.output_cols = [output_cols] if isinstance(output_cols, str) else output_cols
@@ -178,8 +178,11 @@ class KerasMetricCallback(_AnyKerasCallback):
         """Refuses, before the first epoch, what the model cannot do."""
         if self.predict_with_generate:
             self._predictor()
-        elif isinstance(getattr(self.model, "output", None), Mapping):
-            _keep_outputs(self.model, self.model.output, self.output_cols)
+            return
+        self._predicts_with = None  # the model may have been compiled anew or changed since the last fit
+        outputs = getattr(self.model, "output", None)  # of a functional model
+        if outputs is not None and not _overrides(self.model, "predict_step"):
+            _keep_outputs(self.model, outputs, self.output_cols)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Adds the metrics of the evaluation set to `logs`."""
@@ -197,9 +200,9 @@ class KerasMetricCallback(_AnyKerasCallback):
         """Returns predictions and labels of the whole evaluation set, read in one pass."""
         predict = self._predictor()
         predictions, labels = [], []
-        draws = self._told("verbose") in (1, "auto")  # "auto" is the default of fit
+        shows_bar = self._told("verbose") in (1, "auto")  # "auto" is the default of fit
         bar = {"desc": "Evaluating", "unit": "batch", "delay": 2, "leave": False}  # not before two seconds
-        with tqdm(self.eval_dataset, **bar, disable=None if draws else True) as progress:  # None: if no terminal
+        with tqdm(self.eval_dataset, **bar, disable=None if shows_bar else True) as progress:  # None: if no terminal
             for element in progress:
                 outputs, targets = predict(element)
                 predictions.append(_to_arrays(outputs))
@@ -229,7 +232,8 @@ class PushToHubCallback(_AnyKerasCallback):
 
     Args:
         output_dir: The folder that holds the newest save and is kept in sync with the repository. It
-            may exist and hold other files; they are pushed too, but for credentials and caches.
+            may exist and hold other files; they are pushed too, but for hidden ones, `*.env`, `*.pem`,
+            `*.key` and those called `token`, `stored_tokens` or `_netrc`.
         save_strategy: "epoch" saves at the end of each epoch, "steps" every `save_steps` batches, "no"
             only when training ends, which the other two do as well. Defaults to "epoch".
         save_steps: Batches between saves, counted over the whole `fit`. Needed for "steps".
@@ -296,7 +300,6 @@ class PushToHubCallback(_AnyKerasCallback):
         self.hub_model_id = self._repo.repo_id
         self.training_history: list[Row] = []
         self.last_job: concurrent.futures.Future[Any] | None = None
-        self._rows: dict[int, Row] = {}  # the logs by epoch, of earlier parts of the training too
         self._saved_files: set[str] = set()
         self._batches = (0, 0)  # done: before this epoch, in this epoch
 
@@ -306,7 +309,6 @@ class PushToHubCallback(_AnyKerasCallback):
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Starts the history and the count of batches anew."""
         self.training_history = []
-        self._rows = self._rows or dict(_resumed.get(self.model, {}))
         self._batches = (0, 0)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
@@ -323,7 +325,8 @@ class PushToHubCallback(_AnyKerasCallback):
         self._batches = sum(self._batches), 0
         row = _numbers_in(logs or {})
         self.training_history.append(row)
-        self._rows = {done: known for done, known in self._rows.items() if done < epoch} | {epoch: row}
+        earlier = {done: known for done, known in _history.get(self.model, {}).items() if done < epoch}
+        _history[self.model] = earlier | {epoch: row}
         if self.save_strategy == IntervalStrategy.EPOCH:
             self._save_and_push(f"Training in progress, epoch {epoch}")
 
@@ -357,14 +360,13 @@ class PushToHubCallback(_AnyKerasCallback):
                 at_failure.callback(workspace.close)
                 part = "the model"
                 workspace.reserve(_save_size(self.model, self.checkpoint))
-                _write_model(self.model, workspace.staged)
+                _write(self.model, workspace.staged)
                 part = "the tokenizer"
                 if self.tokenizer is not None:
-                    method = "save_pretrained" if hasattr(self.tokenizer, "save_pretrained") else "save_to_preset"
-                    getattr(self.tokenizer, method)(str(workspace.staged))
-                if self.checkpoint and self._rows:
+                    _write(self.tokenizer, workspace.staged)
+                if self.checkpoint and self.model in _history:
                     part = "the checkpoint"
-                    _write_checkpoint(self.model, self._rows, workspace.staged / CHECKPOINT)
+                    _write_checkpoint(self.model, _history[self.model], workspace.staged / CHECKPOINT)
                 self._write_card(workspace.staged / CARD)
                 part = "the files"
                 files = _files_in(workspace.staged)
@@ -376,7 +378,7 @@ class PushToHubCallback(_AnyKerasCallback):
                     f"Could not write {part} to {self.output_dir}: {type(error).__name__}: {error}. "
                     "Every file there is whole still; make room or mend the cause, and train on."
                 ) from error
-            at_failure.pop_all()
+            at_failure.pop_all()  # the workspace is closed by who gets it
         return workspace, files
 
     def _write_card(self, path: Path) -> None:
@@ -386,6 +388,7 @@ class PushToHubCallback(_AnyKerasCallback):
             if not existing.exists() or _is_generated(existing):
                 path.write_text(_model_card(self), "utf-8")
         except Exception as error:
+            path.unlink(missing_ok=True)
             logger.warning("No model card was written: %s: %s", type(error).__name__, error)
 
 
@@ -419,13 +422,13 @@ def load_repo_checkpoint(model: Any, repo_path_or_name: str | Path, token: str |
             folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, token=token))
         except Exception as error:
             raise _redacted(error, token)
-    _resumed[model] = _read_checkpoint(model, folder / CHECKPOINT)
-    return {"epoch": max(_resumed[model])}
+    _history[model] = _read_checkpoint(model, folder / CHECKPOINT)
+    return {"epoch": max(_history[model])}
 
 
 # What is known of a model between the callbacks; an attribute of its own could end up in its files.
 _evaluated: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()  # names of metrics
-_resumed: weakref.WeakKeyDictionary[Any, dict[int, Row]] = weakref.WeakKeyDictionary()  # logs by epoch
+_history: weakref.WeakKeyDictionary[Any, dict[int, Row]] = weakref.WeakKeyDictionary()  # logs by epoch, resumed or new
 
 # ---------------------------------------------------------------------------------------------
 # Arguments
@@ -443,7 +446,7 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value > 0)
 
 
-def _takes_pair(metric_fn: Any) -> bool:
+def _wants_pair(metric_fn: Any) -> bool:
     """Returns whether `metric_fn` takes one (predictions, label_ids) pair rather than two arguments."""
     _require(callable(metric_fn), f"metric_fn must be callable, but received {metric_fn!r}.", TypeError)
     try:
@@ -518,8 +521,8 @@ def _as_tensors(data: Any) -> Any:
 def _split(element: Any, model: Any = None) -> tuple[Any, Any, dict[str, Any]]:
     """Returns the inputs, the labels (or None) and all named columns of a data set's element, or of its spec.
 
-    A column of the labels wins over one of the inputs. For a transformers model, which takes columns by
-    name, inputs and labels that have none get its own.
+    Among the columns, one of the labels wins over one of the inputs. For a transformers model, which takes
+    columns by name, inputs and labels that have none get its own.
     """
     inputs, labels = (*element, None)[:2] if isinstance(element, tuple) else (element, None)
     if isinstance(labels, tf.TypeSpec) and not hasattr(labels, "shape"):  # the spec of None
@@ -619,7 +622,10 @@ def _predict_function(metric: KerasMetricCallback) -> Callable[[Any], tuple[Any,
 
     def predict(element: Any) -> tuple[Any, Any]:
         inputs, labels, columns = _split(element, naming)
-        outputs = run(inputs if names is None else {name: columns[name] for name in names})
+        if names is not None:
+            own = inputs if isinstance(inputs, Mapping) else {}
+            inputs = {name: own[name] if name in own else columns[name] for name in names}
+        outputs = run(inputs)
         kept = _keep_outputs(model, outputs, metric.output_cols)
         return kept, labels if label_cols is None else _pick(columns, label_cols)
 
@@ -668,15 +674,14 @@ def _keep_outputs(model: Any, outputs: Any, output_cols: list[str] | None) -> An
     """Returns the outputs to keep: the bare one where it is one, a dict for several, all if they have no names."""
     if not isinstance(outputs, Mapping) and not output_cols:
         return outputs
-    known = sorted(outputs) if isinstance(outputs, Mapping) else []
+    known = list(outputs) if isinstance(outputs, Mapping) else []
     _require(
         set(output_cols or known).issubset(known),
         f"output_cols must name outputs of {type(model).__name__}, which are {known or 'not named'}, "
         f"but received {output_cols}.",
     )
     ignored = ["loss", *(getattr(getattr(model, "config", None), "keys_to_ignore_at_inference", None) or [])]
-    known = [name for name, part in outputs.items() if part is not None and name not in ignored]
-    return _pick(outputs, output_cols or known)
+    return _pick(outputs, output_cols or [name for name in known if name not in ignored and outputs[name] is not None])
 
 
 def _as_metrics(result: Any) -> dict[str, Any]:
@@ -726,6 +731,8 @@ def _to_arrays(batch: Any) -> Any:
         is_padded = values.size < math.prod(batch.bounding_shape().numpy())
         dtype = _wide_enough(values.dtype, PADDING) if is_padded else values.dtype
         return batch.with_flat_values(values.astype(dtype)).to_tensor(_filler(dtype, PADDING)).numpy()
+    if isinstance(batch, tf.SparseTensor):
+        return tf.sparse.to_dense(batch).numpy()
     return None if batch is None else np.asarray(batch)
 
 
@@ -822,36 +829,33 @@ def _generation_step(metric: KerasMetricCallback) -> Callable[[Any], Any]:
     def generate(inputs: Any, others: dict[str, Any]) -> Any:
         return model.generate(inputs, **others, **metric.generate_kwargs)
 
-    if not _is_transformers(model):
-        if metric.use_xla_generation:
-            logger.warning(
-                "use_xla_generation has no effect on %s, which compiles generate itself; "
-                "compile(jit_compile=True) is the switch there.",
-                type(model).__name__,
-            )
-
-        def batch_step(inputs: Any) -> Any:  # the batch as it is, but for the labels
-            if isinstance(inputs, Mapping):
-                inputs = {name: column for name, column in inputs.items() if name not in hidden}
-            return generate(_to_backend(model, inputs[0] if isinstance(inputs, tuple) else inputs), {})
-
-        return batch_step
-
-    # What generation starts from: an encoder-decoder's is that of its encoder.
-    main = getattr(getattr(model, "encoder", None), "main_input_name", model.main_input_name)
-    columns = _split(metric.eval_dataset.element_spec)[0]
-    _require(
-        not isinstance(columns, Mapping) or main in columns,
-        f"predict_with_generate=True needs the column {main!r} in eval_dataset, but received {columns}.",
-    )
-    takes = inspect.signature(model.call).parameters.keys() - {main, *hidden}
-    run = _xla_generate(generate) if metric.use_xla_generation else generate
+    if _is_transformers(model):
+        # What generation starts from: an encoder-decoder's is that of its encoder.
+        main = getattr(getattr(model, "encoder", None), "main_input_name", model.main_input_name)
+        columns = _split(metric.eval_dataset.element_spec)[0]
+        _require(
+            not isinstance(columns, Mapping) or main in columns,
+            f"predict_with_generate=True needs the column {main!r} in eval_dataset, but received {columns}.",
+        )
+        hidden.discard(main)  # the labels of a language model may be its inputs
+        takes = {name for name in inspect.signature(model.call).parameters if not name.startswith("decoder_")}
+        run = _xla_generate(generate) if metric.use_xla_generation else generate
+    elif metric.use_xla_generation:
+        logger.warning(
+            "use_xla_generation has no effect on %s, which compiles generate itself; "
+            "compile(jit_compile=True) is the switch there.",
+            type(model).__name__,
+        )
 
     def step(inputs: Any) -> Any:
+        inputs = inputs[0] if isinstance(inputs, tuple) else inputs
+        if isinstance(inputs, Mapping):
+            inputs = {name: column for name, column in inputs.items() if name not in hidden}
+        if not _is_transformers(model):  # takes the batch as it is
+            return generate(_to_backend(model, inputs), {})
         if not isinstance(inputs, Mapping):
-            return run(inputs[0] if isinstance(inputs, tuple) else inputs, {})
-        names = [name for name in inputs if name in takes and not name.startswith("decoder_")]
-        return run(inputs[main], {name: inputs[name] for name in names})
+            return run(inputs, {})
+        return run(inputs[main], {name: inputs[name] for name in inputs if name in takes - {main}})
 
     return step
 
@@ -915,32 +919,33 @@ def _strategy_of(model: Any) -> Any:
     return getattr(model, "distribute_strategy", None) or tf.distribute.get_strategy()
 
 
-def _library_of(model: Any) -> str:
-    """Returns the library to save and load the model with, as the Hub names it."""
-    if hasattr(model, "save_pretrained"):
+def _library_of(part: Any) -> str:
+    """Returns the library to save and load a model or a tokenizer with, as the Hub names it."""
+    if hasattr(part, "save_pretrained"):
         return "transformers"
-    if hasattr(model, "save_to_preset"):
+    if hasattr(part, "save_to_preset"):
         return "keras-hub"
-    saves_folders = "zipped" in inspect.signature(_keras_of(model).saving.save_model).parameters
+    saves_folders = "zipped" in inspect.signature(_keras_of(part).saving.save_model).parameters
     return "keras" if saves_folders else "tf-keras"
 
 
-def _write_model(model: Any, folder: Path) -> None:
-    """Writes the model into `folder` in the format of its library."""
-    library = _library_of(model)
+def _write(part: Any, folder: Path) -> None:
+    """Writes a model or a tokenizer into `folder` in the format of its library."""
+    library = _library_of(part)
     if library == "transformers":
-        model.save_pretrained(str(folder))
+        part.save_pretrained(str(folder))
     elif library == "keras-hub":
-        model.save_to_preset(str(folder))
+        part.save_to_preset(str(folder))
     elif library == "keras":  # what load_model("hf://owner/name") reads
-        _keras_of(model).saving.save_model(model, str(folder), zipped=False)
+        _keras_of(part).saving.save_model(part, str(folder), zipped=False)
     else:
-        model.save(str(folder / "model.keras"))
+        part.save(str(folder / "model.keras"))
 
 
 def _save_size(model: Any, checkpoint: bool) -> int:
     """Returns the bytes that a save takes, roughly: the variables, and what is around them."""
-    copies = {"model": 1 + checkpoint, "optimizer": checkpoint + (not hasattr(model, "save_pretrained"))}
+    saves_optimizer = _library_of(model) in ("keras", "tf-keras")
+    copies = {"model": 1 + checkpoint, "optimizer": saves_optimizer + checkpoint}  # how often each is written
     variables: int = sum(
         copies[name.partition(".")[0]] * (4096 + math.prod(variable.shape) * tf.as_dtype(variable.dtype).size)
         for name, variable in _variables_of(model).items()
@@ -1104,7 +1109,7 @@ def _files_in(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def _files_below(folder: Path) -> Iterator[str]:
+def _pushable_files(folder: Path) -> Iterator[str]:
     """Yields the names of the user's files that may be pushed: nothing secret or hidden, no links to the outside."""
     root = folder.resolve()
 
@@ -1153,7 +1158,7 @@ class _HubRepo:
     def wait_for_running_upload(self) -> None:
         """Waits for the upload that runs, which is not tried again after that."""
         if self.upload is not None:
-            self.upload.last_try.set()
+            self.upload.stop_retrying.set()
             concurrent.futures.wait([self.upload.future])
 
 
@@ -1174,7 +1179,7 @@ class _Upload:
         self.is_shown = final and bool(push._told("verbose"))
         self.future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         self.future.set_running_or_notify_cancel()  # from now on nobody can cancel it, and all can wait for it
-        self.last_try = threading.Event()  # set: the running try is the last one
+        self.stop_retrying = threading.Event()  # set: the running try is the last one
         self._with_card = True
         self._is_unchanged = False
 
@@ -1185,12 +1190,13 @@ class _Upload:
         try:
             for name in self.files:
                 self.workspace.take(name, self.output_dir, _link)
-            others = [name for name in _files_below(self.output_dir) if name not in self.files]
-        except OSError as error:
-            self._fail(error)
-        else:
+            others = [name for name in _pushable_files(self.output_dir) if name not in self.files]
             # Not a daemon: the interpreter waits at its exit for the upload that runs.
             threading.Thread(target=self._run, args=(others,), name="push_to_hub").start()
+        except BaseException as error:
+            self._fail(error)
+            if not isinstance(error, Exception):  # Ctrl-C is the user's
+                raise
         return self.future
 
     def finish(self) -> None:
@@ -1216,8 +1222,8 @@ class _Upload:
     def _run(self, others: list[str]) -> None:
         """Completes the snapshot with the user's files and tries until the commit is made, or has no prospect."""
         try:
-            for name in others:  # copied, since somebody may be writing to them
-                with contextlib.suppress(FileNotFoundError):
+            for name in others:  # copied, since somebody may be writing to them, or have removed them
+                with contextlib.suppress(FileNotFoundError, PermissionError):
                     self.workspace.take(name, self.output_dir, shutil.copyfile)
             with _progress_bars(self.is_shown):
                 commit = self._try_until_committed()
@@ -1229,14 +1235,16 @@ class _Upload:
 
     def _fail(self, error: BaseException) -> None:
         """Ends the upload with this error, and warns unless the final state makes up for it or is it."""
-        self.workspace.close()
-        error = _redacted(error, self.repo.token)
-        if not self.final and not self.last_try.is_set():
-            logger.warning(
-                '"%s" was not pushed to %s: %s. It is complete in %s; the next save is pushed instead.',
-                *(self.message, self.repo.url, _describe(error), self.output_dir),
-            )
-        self.future.set_exception(error)
+        try:
+            self.workspace.close()
+            _redacted(error, self.repo.token)
+            if not self.final and not self.stop_retrying.is_set():
+                logger.warning(
+                    '"%s" was not pushed to %s: %s. It is complete in %s; the next save is pushed instead.',
+                    *(self.message, self.repo.url, _describe(error), self.output_dir),
+                )
+        finally:
+            self.future.set_exception(error)
 
     def _try_until_committed(self) -> Any:
         """Returns the CommitInfo, or raises what the last try failed of."""
@@ -1257,9 +1265,9 @@ class _Upload:
     def _wait(self, seconds: float) -> bool:
         """Waits before the next try; returns whether there shall be none, since somebody else waits."""
         until = _now() + seconds
-        while _now() < until and not self.last_try.is_set() and threading.main_thread().is_alive():
-            _wait_for(self.last_try, min(1.0, until - _now()))  # looks up to see whether the interpreter exits
-        return self.last_try.is_set() or not threading.main_thread().is_alive()
+        while _now() < until and not self.stop_retrying.is_set() and threading.main_thread().is_alive():
+            _wait_for(self.stop_retrying, min(1.0, until - _now()))  # looks up to see whether the interpreter exits
+        return self.stop_retrying.is_set() or not threading.main_thread().is_alive()
 
     def _commit(self) -> Any:
         """Sends the snapshot as one commit on top of the newest one, and returns its CommitInfo."""
@@ -1277,8 +1285,9 @@ class _Upload:
         obsolete = (repo.files - self.files - paths.keys() - {CARD}) & on_hub
         deletions = [huggingface_hub.CommitOperationDelete(name) for name in sorted(obsolete)]
         repo.files |= self.files
+        regular = sum(min(size, 10_000_000) for size in sizes)  # bytes; what is larger is at the LFS store already
         about = {"commit_message": self.message, "parent_commit": info.sha}
-        commit = _answer(lambda: api.create_commit(repo.repo_id, [*additions, *deletions], **about), sum(sizes))
+        commit = _answer(lambda: api.create_commit(repo.repo_id, [*additions, *deletions], **about), regular)
         self._is_unchanged = commit.oid == info.sha
         repo.commit = commit.oid if CARD in paths else None
         repo.files = set(self.files)
@@ -1361,25 +1370,20 @@ def _retry_after(error: BaseException) -> float | None:
 
 def _redacted(error: BaseException, token: str | None) -> BaseException:
     """Returns the error with the token, which a server may echo, removed from all its texts."""
-    for secret in filter(None, (token, huggingface_hub.get_token())):
-
-        def clean(value: Any, secret: str = secret) -> Any:
-            return value.replace(secret, "[token]") if isinstance(value, str) else value
-
-        for link in _causes(error):
-            for name in (*vars(link), "filename", "strerror"):  # the last two are slots of an OSError
-                if isinstance(getattr(link, name, None), str):
-                    setattr(link, name, clean(getattr(link, name)))
-            link.args = tuple(map(clean, link.args))
-            if secret in str(link):  # an argument that is no text itself
-                link.args = (clean(str(link)),)
+    for secret, link in itertools.product(filter(None, (token, huggingface_hub.get_token())), _causes(error)):
+        for name in (*vars(link), "filename", "strerror"):  # the last two are slots of an OSError
+            if isinstance(getattr(link, name, None), str):
+                setattr(link, name, getattr(link, name).replace(secret, "[token]"))
+        link.args = tuple(arg.replace(secret, "[token]") if isinstance(arg, str) else arg for arg in link.args)
+        if secret in str(link):  # an argument that is no text itself
+            link.args = (str(link).replace(secret, "[token]"),)
     return error
 
 
 def _describe(error: BaseException) -> str:
     """Returns the error and what lies at its bottom, in one line."""
     links = list(_causes(error))
-    texts = [f"{type(link).__name__}: {link}" for link in links[:: len(links) - 1 or 1]]
+    texts = [f"{type(link).__name__}: {link}" for link in [links[0], *links[1:][-1:]]]
     return " ".join(" because of ".join(texts).split())
 
 
@@ -1418,12 +1422,13 @@ HUB_TASKS = """
     any-to-any audio-classification audio-text-to-text audio-to-audio automatic-speech-recognition depth-estimation
     document-question-answering feature-extraction fill-mask graph-ml image-classification image-feature-extraction
     image-segmentation image-text-to-text image-to-3d image-to-image image-to-text image-to-video keypoint-detection
-    mask-generation multiple-choice object-detection question-answering reinforcement-learning robotics sentence-
-    similarity summarization table-question-answering table-to-text tabular-classification tabular-regression text-
-    classification text-generation text-ranking text-retrieval text-to-3d text-to-audio text-to-image text-to-speech
-    text-to-video time-series-forecasting token-classification translation unconditional-image-generation video-
-    classification video-text-to-text visual-document-retrieval visual-question-answering voice-activity-detection
-    zero-shot-classification zero-shot-image-classification zero-shot-object-detection
+    mask-generation multiple-choice object-detection question-answering reinforcement-learning robotics
+    sentence-similarity summarization table-question-answering table-to-text tabular-classification
+    tabular-regression text-classification text-generation text-ranking text-retrieval text-to-3d text-to-audio
+    text-to-image text-to-speech text-to-video time-series-forecasting token-classification translation
+    unconditional-image-generation video-classification video-text-to-text visual-document-retrieval
+    visual-question-answering voice-activity-detection zero-shot-classification zero-shot-image-classification
+    zero-shot-object-detection
 """.split()  # https://huggingface.co/tasks
 HUB_METRICS = {  # https://huggingface.co/metrics: each with the pattern that names in the logs have
     "matthews_correlation": "matthews|mcc",
@@ -1450,13 +1455,24 @@ def _is_generated(card: Path) -> bool:
 
 def _model_card(push: PushToHubCallback) -> str:
     """Returns the text of the model card, from what the callback knows."""
-    model, rows, facts, repo_id = push.model, push._rows, push.model_card_args, push.hub_model_id
+    model, facts, repo_id = push.model, push.model_card_args, push.hub_model_id
+    rows = _history.get(model, {})
     name, base = repo_id.split("/")[-1], _base_model(model, facts)
     last = rows[max(rows)] if rows else {}
     origin = f"fine-tuned from [{base}](https://huggingface.co/{base})" if base else "trained from scratch"
     data = " and ".join(map(_as_text, _names_in(facts.get("dataset")))) or "an unnamed data set"
     results = "\n".join(f"- {_column_title(key)}: {_as_digits(value)}" for key, value in last.items())
     left_to_author = "More information needed: only the author of this model can tell."
+    sections = {
+        "Model description": left_to_author,
+        "Intended uses and limitations": left_to_author,
+        "Training and evaluation data": left_to_author,
+        "How to load it": f"```python\n{_loading_code(model, push.tokenizer, repo_id)}\n```",
+        "Hyperparameters": _hyperparameters(push),
+        "Results by epoch": _results_table(rows),
+        "Framework versions": _framework_versions(),
+    }
+    body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
     return f"""---
 {_card_data(model, name, base, last, facts).to_yaml()}
 ---
@@ -1469,35 +1485,7 @@ A {type(model).__name__}, {origin} on {data}. After {len(rows)} epochs:
 
 {results or "- not evaluated"}
 
-## Model description
-
-{left_to_author}
-
-## Intended uses and limitations
-
-{left_to_author}
-
-## Training and evaluation data
-
-{left_to_author}
-
-## How to load it
-
-```python
-{_loading_code(model, push.tokenizer, repo_id)}
-```
-
-## Hyperparameters
-
-{_hyperparameters(push)}
-
-## Results by epoch
-
-{_results_table(rows)}
-
-## Framework versions
-
-{_framework_versions()}
+{body}
 """
 
 
@@ -1616,7 +1604,7 @@ def _framework_versions() -> str:
 
 
 def _loading_code(model: Any, tokenizer: Any, repo_id: str) -> str:
-    """Returns the Python that loads the model, and its tokenizer where it has one, from the Hub."""
+    """Returns the Python that loads the model from the Hub, and the tokenizer of a transformers model."""
     name, keras, tokens = type(model).__name__, _keras_of(model).__name__, type(tokenizer).__name__
     tokenizer_line = f'tokenizer = {tokens}.from_pretrained("{repo_id}")\n' if tokenizer is not None else ""
     return {

@@ -774,6 +774,14 @@ class TestLabelColumns:
         np.testing.assert_allclose(received.predictions, X * 3 - X, rtol=1e-6)
         np.testing.assert_array_equal(received.labels, X * 100)
 
+    def test_inputs_reach_the_model_although_labels_are_called_like_them(self, keras):
+        inputs = {"x": keras.layers.Input((4,), name="x")}
+        received = evaluate(
+            keras.Model(inputs, keras.layers.Rescaling(2.0)(inputs["x"])), ({"x": X}, {"x": X + 1}), batch_size=8
+        )
+        np.testing.assert_allclose(received.predictions, X * 2, rtol=1e-6)
+        np.testing.assert_array_equal(received.labels, X + 1)
+
     def test_a_functional_model_with_an_input_called_labels_gets_it(self, keras):
         inputs = {name: keras.layers.Input((4,), name=name) for name in ("labels", "query")}
         model = keras.Model(inputs, keras.layers.Add()([inputs["query"], inputs["labels"]]))
@@ -867,6 +875,26 @@ class TestKindsOfModels:
             callback.on_epoch_end(0, {})
             np.testing.assert_allclose(received[-1], by_numpy(each), rtol=1e-5)
             each.set_weights([w * 2 for w in each.get_weights()])
+
+    def test_a_model_that_was_changed_between_two_fits_is_measured_as_it_is(self, keras):
+        class Scaling(keras.Model):
+            factor = 2.0
+
+            def call(self, inputs):
+                return inputs * self.factor
+
+        model, received = Scaling(), []
+        callback = KerasMetricCallback(lambda p, l: received.append(p) or {}, (X, Y), batch_size=8)
+        callback.set_model(model)
+        for model.factor in (2.0, 3.0):
+            callback.on_train_begin()
+            callback.on_epoch_end(0, {})
+        np.testing.assert_allclose(received, [X * 2, X * 3], rtol=1e-6)
+
+    def test_sparse_labels_arrive_dense(self, keras):
+        labels = tf.sparse.from_dense(np.eye(22, 5, dtype="f4"))
+        dataset = tf.data.Dataset.from_tensor_slices((X, labels)).batch(8)
+        np.testing.assert_array_equal(evaluate(small_model(keras), dataset).labels, np.eye(22, 5))
 
     def test_ragged_inputs_and_outputs(self):
         keras = next((package for package in lineages() if package not in KERAS3), None)
@@ -1511,6 +1539,17 @@ class TestCard:
         data = huggingface_hub.ModelCard(self.card_of(tmp_path, keras, [{"loss": 1.0}], **facts)).data
         assert (data.base_model, data.pipeline_tag) == (None, None)
 
+    @pytest.mark.parametrize("task", ["text-classification", "sentence-similarity", "video-classification", "robotics"])
+    def test_a_task_of_the_hub_is_the_pipeline_tag(self, tmp_path, task):
+        data = huggingface_hub.ModelCard(self.card_of(tmp_path, lineages()[0], [{"loss": 1.0}], tasks=task)).data
+        assert data.pipeline_tag == task
+
+    def test_of_a_card_that_cannot_be_written_nothing_is_pushed(self, tmp_path):
+        model = small_model(lineages()[0])
+        model.fit(X, Y, verbose=0, callbacks=[pushing(tmp_path, dataset="half a pair: \ud800")])
+        assert "README.md" not in on_hub()
+        assert not (tmp_path / "model" / "README.md").exists()
+
     def test_the_optimizer_is_readable_with_its_schedule(self, keras, tmp_path):
         push = pushing(tmp_path)
         schedule = keras.optimizers.schedules.PolynomialDecay(0.25, 1234)
@@ -1908,7 +1947,7 @@ class TestOthers:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("secret")
         (path.parent / "plain.txt").symlink_to(path)
-        names = set(kc._files_below(callback.output_dir))
+        names = set(kc._pushable_files(callback.output_dir))
         assert names == set()
 
     def test_no_content_of_a_credential_reaches_the_hub(self, callback, tmp_path, repo):
@@ -2339,6 +2378,22 @@ class TestInterrupts:
         assert hub.commits(f"user/{repo}")[-1] in ("Training in progress, epoch 0", "End of training")
         assert assert_one_save(download(tmp_path / "downloaded", repo)) == 0
         assert_same_weights(tmp_path / "downloaded", model)
+        assert no_model_leftovers(callback.output_dir)
+
+    def test_an_interrupt_while_an_upload_begins_does_not_hold_up_the_next_one(
+        self, model, tmp_path, repo, monkeypatch
+    ):
+        callback = pushing(tmp_path, repo)
+
+        def interrupt(source, target):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(kc, "_link", interrupt)
+            train(model, callback)
+        assert isinstance(callback._repo.upload.future.exception(timeout=60), KeyboardInterrupt)
+        train(model, callback)
+        assert_same_weights(download(tmp_path / "downloaded", repo), model)
         assert no_model_leftovers(callback.output_dir)
 
     def test_an_error_while_a_save_is_written_leaves_the_one_before(self, model, tmp_path, repo):
