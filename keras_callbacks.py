@@ -826,7 +826,7 @@ def _generation_step(metric: KerasMetricCallback) -> Callable[[Any], Any]:
         f"predict_with_generate=True needs a model with a method generate, but received a {type(model).__name__}.",
     )
 
-    def generate(inputs: Any, others: dict[str, Any]) -> Any:
+    def generate(inputs: Any, **others: Any) -> Any:
         return model.generate(inputs, **others, **metric.generate_kwargs)
 
     if _is_transformers(model):
@@ -852,15 +852,15 @@ def _generation_step(metric: KerasMetricCallback) -> Callable[[Any], Any]:
         if isinstance(inputs, Mapping):
             inputs = {name: column for name, column in inputs.items() if name not in hidden}
         if not _is_transformers(model):  # takes the batch as it is
-            return generate(_to_backend(model, inputs), {})
+            return generate(_to_backend(model, inputs))
         if not isinstance(inputs, Mapping):
-            return run(inputs, {})
-        return run(inputs[main], {name: inputs[name] for name in inputs if name in takes - {main}})
+            return run(inputs)
+        return run(inputs[main], **{name: inputs[name] for name in inputs if name in takes - {main}})
 
     return step
 
 
-def _xla_generate(generate: Callable[[Any, dict[str, Any]], Any]) -> Callable[[Any, dict[str, Any]], Any]:
+def _xla_generate(generate: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles `generate` with XLA, once for each width of the inputs.
 
     A smaller batch, such as the last, would cost a compilation of its own (2 s for a small T5). It is
@@ -870,25 +870,25 @@ def _xla_generate(generate: Callable[[Any, dict[str, Any]], Any]) -> Callable[[A
     compiled, with_autograph = (tf.function(generate, jit_compile=True, autograph=on) for on in (False, True))
     full = 0
 
-    def generate_compiled(main: Any, others: dict[str, Any]) -> Any:
+    def generate_compiled(main: Any, **others: Any) -> Any:
         nonlocal compiled
         try:
-            return compiled(main, others)
+            return compiled(main, **others)
         except TypeError:  # a tensor decides in Python's if or while
             compiled = with_autograph
-            return compiled(main, others)
+            return compiled(main, **others)
 
-    def run(main: Any, others: dict[str, Any]) -> Any:
+    def run(main: Any, **others: Any) -> Any:
         nonlocal full
         size = int(main.shape[0])
         full = max(full, size)
         if size == full:
-            return generate_compiled(main, others)
+            return generate_compiled(main, **others)
 
-        def fill(column: Any) -> Any:
-            return tf.constant(np.pad(column, [(0, full - size)] + [(0, 0)] * (column.ndim - 1), mode="edge"))
+        def fill(column: Any) -> Any:  # repeats the last row
+            return tf.constant(np.take(column, np.minimum(range(full), size - 1), axis=0))
 
-        generated = generate_compiled(*tf.nest.map_structure(fill, (main, others)))
+        generated = generate_compiled(fill(main), **{name: fill(column) for name, column in others.items()})
         # (full * sequences per example, ...): what generate returns may hold several for each example
         return tf.nest.map_structure(lambda part: part[: part.shape[0] * size // full], generated)
 
