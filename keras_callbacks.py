@@ -205,8 +205,11 @@ class KerasMetricCallback(_AnyKerasCallback):
         with tqdm(self.eval_dataset, **bar, disable=None if shows_bar else True) as progress:  # None: if no terminal
             for element in progress:
                 outputs, targets = predict(element)
-                predictions.append(_to_arrays(outputs))
+                predictions.append(outputs)
                 labels.append(_to_arrays(targets))
+                # Of the batch before: a GPU still computes this one. On a CPU this costs 0 to 1%.
+                predictions[-2:-1] = map(_to_arrays, predictions[-2:-1])
+        predictions[-1:] = map(_to_arrays, predictions[-1:])
         _require(predictions, "eval_dataset must give at least one batch, but it gave none.")
         padding = _pad_token_id(self.model, self.generate_kwargs) if self.predict_with_generate else PADDING
         return _join_batches(predictions, padding), _join_batches(labels, PADDING)
@@ -430,9 +433,8 @@ def load_repo_checkpoint(model: Any, repo_path_or_name: str | Path, token: str |
 _evaluated: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()  # names of metrics
 _history: weakref.WeakKeyDictionary[Any, dict[int, Row]] = weakref.WeakKeyDictionary()  # logs by epoch, resumed or new
 
-# ---------------------------------------------------------------------------------------------
-# Arguments
-# ---------------------------------------------------------------------------------------------
+
+# Label columns, and the data that they are part of -------------------------------------------
 
 
 def _require(fits: Any, message: str, error: type[Exception] = ValueError) -> None:
@@ -511,11 +513,6 @@ def _as_tensors(data: Any) -> Any:
     if isinstance(data, tuple) or (isinstance(data, list) and any(len(getattr(part, "shape", ())) for part in data)):
         return tuple(_as_tensors(part) for part in data)
     return data if data is None or tf.is_tensor(data) else tf.convert_to_tensor(data)
-
-
-# ---------------------------------------------------------------------------------------------
-# Label columns
-# ---------------------------------------------------------------------------------------------
 
 
 def _split(element: Any, model: Any = None) -> tuple[Any, Any, dict[str, Any]]:
@@ -606,9 +603,7 @@ def _is_transformers(model: Any) -> bool:
     return hasattr(model, "main_input_name") and hasattr(model, "config")
 
 
-# ---------------------------------------------------------------------------------------------
-# Predictions
-# ---------------------------------------------------------------------------------------------
+# Generation, and predictions without it ------------------------------------------------------
 
 
 def _predict_function(metric: KerasMetricCallback) -> Callable[[Any], tuple[Any, Any]]:
@@ -684,38 +679,91 @@ def _keep_outputs(model: Any, outputs: Any, output_cols: list[str] | None) -> An
     return _pick(outputs, output_cols or [name for name in known if name not in ignored and outputs[name] is not None])
 
 
-def _as_metrics(result: Any) -> dict[str, Any]:
-    """Returns the result of `metric_fn` with plain Python numbers; refuses all else with what came back."""
-    expected = "metric_fn must return a dict of metric names to numbers, but returned"
-    _require(isinstance(result, Mapping), f"{expected} {result!r}.", TypeError)
-    metrics = {name: _plain_number(value) for name, value in result.items()}
-    for name, number in metrics.items():
-        fits = number is not None and isinstance(name, str)
-        _require(fits, f"{expected} {result[name]!r} for {name!r}.", TypeError)
-    return metrics
+def _generation_step(metric: KerasMetricCallback) -> Callable[[Any], Any]:
+    """Returns the function from inputs to what the model generates; refuses a model or inputs that cannot."""
+    model, hidden = metric.model, {"labels", *(metric.label_cols or [])}
+    _require(
+        hasattr(model, "generate"),
+        f"predict_with_generate=True needs a model with a method generate, but received a {type(model).__name__}.",
+    )
+
+    def generate(inputs: Any, **others: Any) -> Any:
+        return model.generate(inputs, **others, **metric.generate_kwargs)
+
+    if _is_transformers(model):
+        # What generation starts from: an encoder-decoder's is that of its encoder.
+        main = getattr(getattr(model, "encoder", None), "main_input_name", model.main_input_name)
+        columns = _split(metric.eval_dataset.element_spec)[0]
+        _require(
+            not isinstance(columns, Mapping) or main in columns,
+            f"predict_with_generate=True needs the column {main!r} in eval_dataset, but received {columns}.",
+        )
+        hidden.discard(main)  # the labels of a language model may be its inputs
+        takes = {name for name in inspect.signature(model.call).parameters if not name.startswith("decoder_")}
+        run = _xla_generate(generate) if metric.use_xla_generation else generate
+    elif metric.use_xla_generation:
+        logger.warning(
+            "use_xla_generation has no effect on %s, which compiles generate itself; "
+            "compile(jit_compile=True) is the switch there.",
+            type(model).__name__,
+        )
+
+    def step(inputs: Any) -> Any:
+        inputs = inputs[0] if isinstance(inputs, tuple) else inputs
+        if isinstance(inputs, Mapping):
+            inputs = {name: column for name, column in inputs.items() if name not in hidden}
+        if not _is_transformers(model):  # takes the batch as it is
+            return generate(_to_backend(model, inputs))
+        if not isinstance(inputs, Mapping):
+            return run(inputs)
+        return run(inputs[main], **{name: inputs[name] for name in inputs if name in takes - {main}})
+
+    return step
 
 
-def _plain_number(value: Any) -> int | float | None:
-    """Returns a Python number for a number, a NumPy scalar or a 0-d array or tensor, and None for all else."""
-    try:
-        value = value.numpy() if tf.is_tensor(value) else value
-        number = value.item() if hasattr(value, "item") else np.asarray(value).item()
-        if np.ndim(value) > 0 or isinstance(number, (str, bytes)):
-            return None
-        return number if isinstance(number, (int, float)) else float(number)  # such as bfloat16
-    except (TypeError, ValueError, RuntimeError):
-        return None
+def _xla_generate(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles `generate` with XLA, once for each width of the inputs.
+
+    A smaller batch, such as the last, would cost a compilation of its own (2 s for a small T5). It is
+    filled up to the largest size so far by repeating its last row, and the surplus is dropped.
+    """
+    # Tracing a small T5 takes 9 s with AutoGraph and 0.7 s without. GPT2 and Whisper need it, and fail at once.
+    compiled, with_autograph = (tf.function(generate, jit_compile=True, autograph=on) for on in (False, True))
+    full = 0
+
+    def generate_compiled(main: Any, **others: Any) -> Any:
+        nonlocal compiled
+        try:
+            return compiled(main, **others)
+        except TypeError:  # a tensor decides in Python's if or while
+            compiled = with_autograph
+            return compiled(main, **others)
+
+    def run(main: Any, **others: Any) -> Any:
+        nonlocal full
+        size = int(main.shape[0])
+        full = max(full, size)
+        if size == full:
+            return generate_compiled(main, **others)
+
+        def fill(column: Any) -> Any:  # repeats the last row
+            return tf.constant(np.take(column, np.minimum(range(full), size - 1), axis=0))
+
+        generated = generate_compiled(fill(main), **{name: fill(column) for name, column in others.items()})
+        # (full * sequences per example, ...): what generate returns may hold several for each example
+        return tf.nest.map_structure(lambda part: part[: part.shape[0] * size // full], generated)
+
+    return run
 
 
-def _numbers_in(logs: Mapping[str, Any]) -> Row:
-    """Returns those of the logs that are numbers, as plain ones."""
-    numbers = {str(name): _plain_number(value) for name, value in logs.items()}
-    return {name: number for name, number in numbers.items() if number is not None}
+def _pad_token_id(model: Any, generate_kwargs: dict[str, Any]) -> int:
+    """Returns the token that pads generated sequences, or -100 where the model has none."""
+    configs = [getattr(model, name, None) for name in ("generation_config", "config")]
+    tokens = [generate_kwargs.get("pad_token_id"), *(getattr(config, "pad_token_id", None) for config in configs)]
+    return next((int(token) for token in tokens if token is not None), PADDING)
 
 
-# ---------------------------------------------------------------------------------------------
-# Padded concatenation
-# ---------------------------------------------------------------------------------------------
+# Padded concatenation, and what metric_fn makes of it ----------------------------------------
 
 
 def _to_arrays(batch: Any) -> Any:
@@ -813,98 +861,36 @@ def _filler(dtype: np.dtype[Any], padding: int) -> int | str:
     return "" if dtype.kind in "OU" else padding if dtype.kind in "iu" else PADDING
 
 
-# ---------------------------------------------------------------------------------------------
-# Generation
-# ---------------------------------------------------------------------------------------------
+def _as_metrics(result: Any) -> dict[str, Any]:
+    """Returns the result of `metric_fn` with plain Python numbers; refuses all else with what came back."""
+    expected = "metric_fn must return a dict of metric names to numbers, but returned"
+    _require(isinstance(result, Mapping), f"{expected} {result!r}.", TypeError)
+    metrics = {name: _plain_number(value) for name, value in result.items()}
+    for name, number in metrics.items():
+        fits = number is not None and isinstance(name, str)
+        _require(fits, f"{expected} {result[name]!r} for {name!r}.", TypeError)
+    return metrics
 
 
-def _generation_step(metric: KerasMetricCallback) -> Callable[[Any], Any]:
-    """Returns the function from inputs to what the model generates; refuses a model or inputs that cannot."""
-    model, hidden = metric.model, {"labels", *(metric.label_cols or [])}
-    _require(
-        hasattr(model, "generate"),
-        f"predict_with_generate=True needs a model with a method generate, but received a {type(model).__name__}.",
-    )
-
-    def generate(inputs: Any, **others: Any) -> Any:
-        return model.generate(inputs, **others, **metric.generate_kwargs)
-
-    if _is_transformers(model):
-        # What generation starts from: an encoder-decoder's is that of its encoder.
-        main = getattr(getattr(model, "encoder", None), "main_input_name", model.main_input_name)
-        columns = _split(metric.eval_dataset.element_spec)[0]
-        _require(
-            not isinstance(columns, Mapping) or main in columns,
-            f"predict_with_generate=True needs the column {main!r} in eval_dataset, but received {columns}.",
-        )
-        hidden.discard(main)  # the labels of a language model may be its inputs
-        takes = {name for name in inspect.signature(model.call).parameters if not name.startswith("decoder_")}
-        run = _xla_generate(generate) if metric.use_xla_generation else generate
-    elif metric.use_xla_generation:
-        logger.warning(
-            "use_xla_generation has no effect on %s, which compiles generate itself; "
-            "compile(jit_compile=True) is the switch there.",
-            type(model).__name__,
-        )
-
-    def step(inputs: Any) -> Any:
-        inputs = inputs[0] if isinstance(inputs, tuple) else inputs
-        if isinstance(inputs, Mapping):
-            inputs = {name: column for name, column in inputs.items() if name not in hidden}
-        if not _is_transformers(model):  # takes the batch as it is
-            return generate(_to_backend(model, inputs))
-        if not isinstance(inputs, Mapping):
-            return run(inputs)
-        return run(inputs[main], **{name: inputs[name] for name in inputs if name in takes - {main}})
-
-    return step
+def _plain_number(value: Any) -> int | float | None:
+    """Returns a Python number for a number, a NumPy scalar or a 0-d array or tensor, and None for all else."""
+    try:
+        value = value.numpy() if tf.is_tensor(value) else value
+        number = value.item() if hasattr(value, "item") else np.asarray(value).item()
+        if np.ndim(value) > 0 or isinstance(number, (str, bytes)):
+            return None
+        return number if isinstance(number, (int, float)) else float(number)  # such as bfloat16
+    except (TypeError, ValueError, RuntimeError):
+        return None
 
 
-def _xla_generate(generate: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles `generate` with XLA, once for each width of the inputs.
-
-    A smaller batch, such as the last, would cost a compilation of its own (2 s for a small T5). It is
-    filled up to the largest size so far by repeating its last row, and the surplus is dropped.
-    """
-    # Tracing a small T5 takes 9 s with AutoGraph and 0.7 s without. GPT2 and Whisper need it, and fail at once.
-    compiled, with_autograph = (tf.function(generate, jit_compile=True, autograph=on) for on in (False, True))
-    full = 0
-
-    def generate_compiled(main: Any, **others: Any) -> Any:
-        nonlocal compiled
-        try:
-            return compiled(main, **others)
-        except TypeError:  # a tensor decides in Python's if or while
-            compiled = with_autograph
-            return compiled(main, **others)
-
-    def run(main: Any, **others: Any) -> Any:
-        nonlocal full
-        size = int(main.shape[0])
-        full = max(full, size)
-        if size == full:
-            return generate_compiled(main, **others)
-
-        def fill(column: Any) -> Any:  # repeats the last row
-            return tf.constant(np.take(column, np.minimum(range(full), size - 1), axis=0))
-
-        generated = generate_compiled(fill(main), **{name: fill(column) for name, column in others.items()})
-        # (full * sequences per example, ...): what generate returns may hold several for each example
-        return tf.nest.map_structure(lambda part: part[: part.shape[0] * size // full], generated)
-
-    return run
+def _numbers_in(logs: Mapping[str, Any]) -> Row:
+    """Returns those of the logs that are numbers, as plain ones."""
+    numbers = {str(name): _plain_number(value) for name, value in logs.items()}
+    return {name: number for name, number in numbers.items() if number is not None}
 
 
-def _pad_token_id(model: Any, generate_kwargs: dict[str, Any]) -> int:
-    """Returns the token that pads generated sequences, or -100 where the model has none."""
-    configs = [getattr(model, name, None) for name in ("generation_config", "config")]
-    tokens = [generate_kwargs.get("pad_token_id"), *(getattr(config, "pad_token_id", None) for config in configs)]
-    return next((int(token) for token in tokens if token is not None), PADDING)
-
-
-# ---------------------------------------------------------------------------------------------
-# Hub sync: a save on disk
-# ---------------------------------------------------------------------------------------------
+# Hub sync: a save on disk, and on its way to the Hub -----------------------------------------
 
 
 def _is_chief(model: Any) -> bool:
@@ -1127,11 +1113,6 @@ def _pushable_files(folder: Path) -> Iterator[str]:
         yield from (path.relative_to(folder).as_posix() for path in paths)
 
 
-# ---------------------------------------------------------------------------------------------
-# Hub sync: a save on its way to the Hub
-# ---------------------------------------------------------------------------------------------
-
-
 class _HubRepo:
     """The repository, what this run has put there, and the upload under way."""
 
@@ -1324,14 +1305,9 @@ def _answer(request: Callable[[], Any], bytes_sent: int = 0) -> Any:
     return answer.result()
 
 
-def _now() -> float:
-    """Returns the seconds of a clock that never goes back."""
-    return time.monotonic()
-
-
-def _wait_for(event: threading.Event, seconds: float) -> None:
-    """Waits until the event is set, at most so many seconds."""
-    event.wait(seconds)
+# The clock and the waiting of _Upload, which tests replace.
+_now = time.monotonic  # seconds
+_wait_for = threading.Event.wait
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -1413,9 +1389,7 @@ def _upload_command(repo_id: str, folder: Path) -> str:
     return f"{program} upload {shlex.quote(repo_id)} {shlex.quote(str(folder))} . {exclude}"
 
 
-# ---------------------------------------------------------------------------------------------
-# Model card
-# ---------------------------------------------------------------------------------------------
+# Model card ----------------------------------------------------------------------------------
 
 CARD_ARGS = ["dataset", "dataset_args", "dataset_tags", "finetuned_from", "language", "license", "tags", "tasks"]
 HUB_TASKS = """
