@@ -618,8 +618,8 @@ def _predict_function(metric: KerasMetricCallback) -> Callable[[Any], tuple[Any,
     def predict(element: Any) -> tuple[Any, Any]:
         inputs, labels, columns = _split(element, naming)
         if names is not None:
-            own = inputs if isinstance(inputs, Mapping) else {}
-            inputs = {name: own[name] if name in own else columns[name] for name in names}
+            named = {**columns, **inputs} if isinstance(inputs, Mapping) else columns
+            inputs = {name: named[name] for name in names}
         outputs = run(inputs)
         kept = _keep_outputs(model, outputs, metric.output_cols)
         return kept, labels if label_cols is None else _pick(columns, label_cols)
@@ -682,6 +682,7 @@ def _keep_outputs(model: Any, outputs: Any, output_cols: list[str] | None) -> An
 def _generation_step(metric: KerasMetricCallback) -> Callable[[Any], Any]:
     """Returns the function from inputs to what the model generates; refuses a model or inputs that cannot."""
     model, hidden = metric.model, {"labels", *(metric.label_cols or [])}
+    by_name = _is_transformers(model)
     _require(
         hasattr(model, "generate"),
         f"predict_with_generate=True needs a model with a method generate, but received a {type(model).__name__}.",
@@ -690,7 +691,7 @@ def _generation_step(metric: KerasMetricCallback) -> Callable[[Any], Any]:
     def generate(inputs: Any, **others: Any) -> Any:
         return model.generate(inputs, **others, **metric.generate_kwargs)
 
-    if _is_transformers(model):
+    if by_name:
         # What generation starts from: an encoder-decoder's is that of its encoder.
         main = getattr(getattr(model, "encoder", None), "main_input_name", model.main_input_name)
         columns = _split(metric.eval_dataset.element_spec)[0]
@@ -699,7 +700,7 @@ def _generation_step(metric: KerasMetricCallback) -> Callable[[Any], Any]:
             f"predict_with_generate=True needs the column {main!r} in eval_dataset, but received {columns}.",
         )
         hidden.discard(main)  # the labels of a language model may be its inputs
-        takes = {name for name in inspect.signature(model.call).parameters if not name.startswith("decoder_")}
+        takes = {name for name in inspect.signature(model.call).parameters if not name.startswith("decoder_")} - {main}
         run = _xla_generate(generate) if metric.use_xla_generation else generate
     elif metric.use_xla_generation:
         logger.warning(
@@ -712,11 +713,11 @@ def _generation_step(metric: KerasMetricCallback) -> Callable[[Any], Any]:
         inputs = inputs[0] if isinstance(inputs, tuple) else inputs
         if isinstance(inputs, Mapping):
             inputs = {name: column for name, column in inputs.items() if name not in hidden}
-        if not _is_transformers(model):  # takes the batch as it is
+        if not by_name:  # it takes the batch as it is
             return generate(_to_backend(model, inputs))
         if not isinstance(inputs, Mapping):
             return run(inputs)
-        return run(inputs[main], **{name: inputs[name] for name in inputs if name in takes - {main}})
+        return run(inputs[main], **{name: inputs[name] for name in inputs if name in takes})
 
     return step
 
@@ -1415,8 +1416,10 @@ HUB_METRICS = {  # https://huggingface.co/metrics: each with the pattern that na
     "mae": "mae|mean_absolute_error",
     "mean_iou": "iou|io_u",
     "r_squared": "r2|r_squared",
-    **{name: name for name in "sacrebleu bleu rouge meteor chrf ter wer cer perplexity precision recall".split()},
-    **{name: name for name in "pearsonr spearmanr".split()},
+    **{
+        n: n
+        for n in "sacrebleu bleu rouge meteor chrf ter wer cer perplexity precision recall pearsonr spearmanr".split()
+    },
     "f1": "f1|f_?score",
     "accuracy": "accuracy|acc",
 }
