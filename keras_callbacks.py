@@ -1240,15 +1240,15 @@ class _Upload:
                     logger.warning("Pushing without the model card: %s", _describe(_redacted(error, self.repo.token)))
                     continue
                 pause = _retry_after(error) or FIRST_WAIT * 2**tries * random.uniform(1, 1.5)
-                deadline = min(deadline, _now() + (FINAL_SECONDS if self.final else BACKGROUND_SECONDS))
-                if _is_refusal(error) or _now() + pause > deadline or self._wait(pause):
+                deadline = min(deadline, _clock.now() + (FINAL_SECONDS if self.final else BACKGROUND_SECONDS))
+                if _is_refusal(error) or _clock.now() + pause > deadline or self._wait(pause):
                     raise
 
     def _wait(self, seconds: float) -> bool:
         """Waits before the next try; returns whether there shall be none, since somebody else waits."""
-        until = _now() + seconds
-        while _now() < until and not self.stop_retrying.is_set() and threading.main_thread().is_alive():
-            _wait_for(self.stop_retrying, min(1.0, until - _now()))  # looks up to see whether the interpreter exits
+        until = _clock.now() + seconds
+        while _clock.now() < until and not self.stop_retrying.is_set() and threading.main_thread().is_alive():
+            _clock.wait(self.stop_retrying, min(1.0, until - _clock.now()))  # looks up to see whether the interpreter exits
         return self.stop_retrying.is_set() or not threading.main_thread().is_alive()
 
     def _commit(self) -> Any:
@@ -1306,9 +1306,14 @@ def _answer(request: Callable[[], Any], bytes_sent: int = 0) -> Any:
     return answer.result()
 
 
-# The clock and the waiting of _Upload, which tests replace.
-_now = time.monotonic  # seconds
-_wait_for = threading.Event.wait
+class _Clock:
+    """The clock of uploads, which a test may replace."""
+
+    now = staticmethod(time.monotonic)  # seconds
+    wait = staticmethod(threading.Event.wait)  # (event, seconds)
+
+
+_clock = _Clock()
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
