@@ -15,6 +15,7 @@ import copy
 import csv
 import email.utils
 import fnmatch
+import fractions
 import functools
 import hashlib
 import http.server
@@ -23,6 +24,7 @@ import inspect
 import io
 import itertools
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -40,6 +42,7 @@ import time
 import traceback
 import types
 import urllib.parse
+import zipfile
 
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -301,6 +304,11 @@ X = RNG.normal(size=(22, 4)).astype("float32")  # 22 examples: the last batch of
 Y = RNG.integers(0, 3, 22)
 EvalPair = collections.namedtuple("EvalPair", "predictions labels")
 each = pytest.mark.parametrize
+BOTH = each("strategy", ["epoch", "no"], ids=["during", "at the end"])
+ON_TF = pytest.mark.skipif(BACKEND != "tensorflow", reason="written for TensorFlow alone")
+TARGETS, LABEL = X[:, :3] * 2, Y[:, None]
+LOSS = "sparse_categorical_crossentropy"
+WEIGHTS = "model.weights.h5" if FIRST in KERAS3 else "model.keras"
 
 
 @pytest.fixture(params=lineages(), ids=lambda package: "keras3" if package in KERAS3 else "keras2")
@@ -318,7 +326,7 @@ def fresh_hub():
 @pytest.fixture(autouse=True)
 def quick_tries(monkeypatch):
     """Shortens the waits between tries; a test that is about them sets its own."""
-    seconds = dict(FIRST_WAIT=0.01, BACKGROUND_SECONDS=2.0, FINAL_SECONDS=4.0, REQUEST_SECONDS=20.0)
+    seconds = dict(FIRST_WAIT=0.01, BACKGROUND_SECONDS=2.0, FINAL_SECONDS=4.0, ATTEMPT_SECONDS=20.0)
     for name, value in seconds.items():
         monkeypatch.setattr(kc, name, value)
 
@@ -350,8 +358,8 @@ def small_model(keras, optimizer="adam", policy="float32", **compile_args):
     keras.utils.set_random_seed(7)
     keras.mixed_precision.set_global_policy(policy)
     layers = [keras.layers.Input((4,)), keras.layers.Dense(3, activation="softmax")]
-    model, loss = keras.Sequential(layers), "sparse_categorical_crossentropy"
-    model.compile(optimizer, loss, metrics=["accuracy"], **compile_args)
+    model = keras.Sequential(layers)
+    model.compile(optimizer, LOSS, metrics=["accuracy"], **compile_args)
     keras.mixed_precision.set_global_policy("float32")
     return model
 
@@ -469,10 +477,11 @@ def leftovers(folder):
 
 
 def state_of(model):
-    """The values of the weights and of the optimizer's variables."""
-    variables = model.optimizer.variables
-    variables = variables() if callable(variables) else variables
-    return [*model.get_weights(), *(variable.numpy() for variable in variables)]
+    """The values of the weights and of the variables of the optimizers that train them."""
+    training = getattr(model, "training", lambda: [(model.optimizer, model)])
+    owned = [optimizer.variables for optimizer, _ in training()]
+    owned = [variables() if callable(variables) else variables for variables in owned]
+    return [*model.get_weights(), *(v.numpy() for variables in owned for v in variables)]
 
 
 def rows_of(card):  # of its table of results
@@ -483,6 +492,12 @@ def assert_equal(received, expected):
     """Asserts that two nestings of arrays are the same bits."""
     for left, right in zip(tf.nest.flatten(received), tf.nest.flatten(expected), strict=True):
         np.testing.assert_array_equal(left, right)
+
+
+def assert_close(received, expected):
+    """Asserts that two nestings of arrays hold nearly the same values by the same names."""
+    compare = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    tf.nest.map_structure(compare, received, expected, check_types=False)
 
 
 def assert_loads_back(folder, model, keras=FIRST, x=None):
@@ -509,16 +524,19 @@ def assert_one_save(folder):
     return state["epoch"]
 
 
-def assert_resumes(make, folder, fit=fit_in_order):
+def assert_resumes(make, folder, fit=fit_in_order, callbacks=(), before_loading=None):
     """Asserts that two epochs and, from their checkpoint on the Hub, two more end as four do."""
     whole, half, resumed = make(), make(), make()
     fit(whole, epochs=4)
-    fit(half, epochs=2, callbacks=[pushing(folder, "half", checkpoint=True)])
+    fit(half, epochs=2, callbacks=[*callbacks, pushing(folder, "half", checkpoint=True)])
     resumed.set_weights([0 * weight for weight in resumed.get_weights()])
+    if before_loading:
+        before_loading(resumed)
     last = load_repo_checkpoint(resumed, "user/half", token=WRITE)
     assert last == {"epoch": 1}
     fit(resumed, initial_epoch=last["epoch"] + 1, epochs=4)
     assert_equal(state_of(resumed), state_of(whole))
+    assert_equal(*([v.numpy() for v in model.variables] for model in (resumed, whole)))
 
 
 def padded(rows, padding=-100):
@@ -533,6 +551,10 @@ def as_pipeline(batches):
     """A tf.data pipeline of these batches, whose widths differ."""
     specs = tf.nest.map_structure(lambda c: tf.TensorSpec([None] * c.ndim, c.dtype), batches[0])
     return tf.data.Dataset.from_generator(lambda: iter(batches), output_signature=specs)
+
+
+def in_batches(*parts, size=8):
+    return tf.data.Dataset.from_tensor_slices(parts if len(parts) > 1 else parts[0]).batch(size)
 
 
 def start_child(code, **environment):
@@ -988,6 +1010,323 @@ class TestGenerateOfOwn:
         assert_equal(model.get_weights(), before)
 
 
+def own_model(keras, *functional, **methods):
+    """A compiled model of a class with these methods, whose weights stay as they are in `fit`.
+
+    It is functional with these inputs and outputs, else it holds a dense layer on 4 numbers.
+    """
+
+    def init(self):
+        keras.Model.__init__(self)
+        self.dense = keras.layers.Dense(3)
+        self.dense.build((None, 4))
+
+    def train_step(self, *of):  # (data), or on JAX (state, data)
+        return {"loss": 0.0} if len(of) == 1 else ({"loss": 0.0}, of[0])
+    keras.utils.set_random_seed(7)
+    own = {} if functional else {"__init__": init, "call": lambda self, inputs: self.dense(inputs)}
+    model = type("Own", (keras.Model,), {**own, "train_step": train_step, **methods})(*functional)
+    model.compile("sgd", "mse")
+    return model
+
+
+def after_fit(model, data, **options):
+    """What metric_fn receives at the end of a `fit` of one epoch on the data that it evaluates."""
+    received = []
+    callback = measuring(received, data, **{"batch_size": None, **options})
+    model.fit(data, verbose=0, callbacks=[callback])
+    return received[-1]
+
+
+def assert_as_predict(model, data, **options):
+    """Asserts that metric_fn gets what Keras' own predict of the data set gives; returns the pair."""
+    received = after_fit(model, data, **options)
+    assert_close(received.predictions, model.predict(data, verbose=0))
+    return received
+
+
+@ON_TF
+class TestAsPredict:
+    """What users' code gets and gives is what it does in Keras' own predict of the data set."""
+
+    @staticmethod
+    def step_on_pairs(self, data):
+        x, y, *weights = data
+        return self(x) + y * (1 + len(weights))
+
+    @each("weights", [[], [np.ones(22, "float32")]], ids=["pair", "weighted"])
+    @each("options", [{}, {"run_eagerly": True}, {"steps_per_execution": 3}])
+    def test_a_predict_step_gets_the_whole_element(self, keras, options, weights):
+        model = own_model(keras, predict_step=self.step_on_pairs)
+        model.compile("sgd", "mse", **options)
+        received = assert_as_predict(model, in_batches(X, TARGETS, *weights))
+        np.testing.assert_array_equal(received.labels, TARGETS)
+
+    @each("where", ["class", "instance"])
+    @each("method", ["predict_step", "make_predict_function", "predict", "predict_on_batch"])
+    def test_every_point_of_override_counts_as_it_does_in_predict(self, keras, method, where):
+        def make_predict_function(self, force=False):
+            if self.predict_function is None or force:
+                step = keras.Model.make_predict_function(self, force) or self.predict_function
+                self.predict_function = lambda iterator: 2 * step(iterator)
+            return self.predict_function
+
+        def predict(self, x, **options):
+            return keras.Model.predict(self, x.map(lambda x, y: (3 * x, y)), **options)
+
+        def predict_on_batch(self, x):  # which predict does not call
+            return keras.Model.predict_on_batch(self, x) * 2
+        function = {**locals(), "predict_step": self.step_on_pairs}[method]
+        model = own_model(keras, **({method: function} if where == "class" else {}))
+        if where == "instance":
+            setattr(model, method, types.MethodType(function, model))
+        assert_as_predict(model, in_batches(X, TARGETS))
+
+    def test_a_predict_step_has_its_replica_context(self, keras):
+        def predict_step(self, data):
+            assert tf.distribute.has_strategy()
+            context = tf.distribute.get_replica_context()
+            return self(data[0]) * context.all_reduce("sum", tf.constant(5.0))
+        with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+            model = own_model(keras, predict_step=predict_step)
+        assert_as_predict(model, in_batches(X, TARGETS))
+
+    def test_a_gan_without_call_and_a_contrastive_model(self, keras):
+        def generate_fakes(self, images):
+            fakes = self.dense(tf.ones_like(images))
+            return {"fakes": fakes, "scores": tf.reduce_sum(fakes, -1)}
+
+        def compare(self, data):
+            return tf.reduce_sum(self.dense(data[0]) * self.dense(data[1]), -1)
+        gan = own_model(keras, call=keras.Model.call, predict_step=generate_fakes)
+        assert_as_predict(gan, in_batches(X))
+        assert_as_predict(own_model(keras, predict_step=compare), in_batches(X, X * 2))
+
+    OVERRIDES = {
+        "call": lambda self, x, training=None, mask=None: x["a"] * 2 + x["extra"],
+        "predict_step": lambda self, data: self({"a": data[0]["a"]}) * data[0]["extra"],
+    }
+
+    @each("method", OVERRIDES)
+    def test_a_functional_model_with_a_method_of_its_own_gets_all_columns(self, keras, method):
+        a = keras.layers.Input((4,), name="a")
+        own = {method: self.OVERRIDES[method]}
+        model = own_model(keras, {"a": a}, keras.layers.Rescaling(2.0)(a), **own)
+        assert_as_predict(model, in_batches({"a": X, "extra": X}, X))
+
+    def test_a_functional_model_with_a_call_of_its_own_has_the_outputs_of_that(self, keras):
+        def call(self, inputs, training=None, mask=None):
+            return {"logits": inputs * 2, "inputs": inputs}
+        inputs = keras.layers.Input((4,))
+        model = own_model(keras, inputs, {"inputs": inputs}, call=call)
+        received = after_fit(model, in_batches(X, TARGETS), output_cols=["logits"])
+        np.testing.assert_array_equal(received.predictions, X * 2)
+
+    def test_a_subclassed_model_that_was_called_on_symbolic_inputs_is_not_functional(self, keras):
+        def call(self, inputs):
+            hidden = self.dense(inputs["a"])
+            return {"hidden": hidden, "logits": hidden + inputs["b"] if "b" in inputs else hidden}
+        model, data = own_model(keras, call=call), in_batches({"a": X, "b": TARGETS}, TARGETS)
+        model({"a": keras.layers.Input((4,), name="a")})  # as for summary
+        received = after_fit(model, data, output_cols=["logits"])
+        assert_close(received.predictions, model.predict(data, verbose=0)["logits"])
+
+    @each("labels", [[], [{"label": LABEL + 1, "x": X}]], ids=["one dict", "two dicts"])
+    def test_a_conditional_vae_keeps_the_input_that_is_the_label_too(self, keras, labels):
+        def call(self, inputs):  # in which the label is optional
+            code = self.dense(inputs["x"])
+            return code * tf.cast(inputs["label"], code.dtype) if "label" in inputs else code
+        data = in_batches({"x": X, "label": LABEL}, *labels)
+        received = assert_as_predict(own_model(keras, call=call), data, label_cols="label")
+        np.testing.assert_array_equal(received.labels, LABEL + len(labels))
+
+
+class TestQuestions:
+    """What a `generate` of one's own gets, and what it may return."""
+
+    IDS, MASK = X, np.tile([1.0, 1.0, 1.0, 0.0], (22, 1)).astype("float32")
+    GENERATE = {"predict_with_generate": True}
+
+    def generated(self, keras, generate, *parts, size=8, **options):
+        model = own_model(keras, generate=generate)
+        return evaluate(model, parts, batch_size=size, **self.GENERATE, **options)
+
+    @each("padding", [-100, 9])
+    @each("kind", [list, np.array, tf.constant], ids=["list", "array", "tensor"])
+    def test_a_list_of_tokens_for_each_example_is_that_many_rows(self, keras, kind, padding):
+        model = own_model(keras, generate=lambda self, x: [kind([int(n)] * int(n)) for n in x])
+        if padding == 9:
+            model.config = types.SimpleNamespace(pad_token_id=9)
+        counts = np.array([1, 2, 3, 1, 2])
+        received = evaluate(model, (counts, counts), batch_size=2, **self.GENERATE).predictions
+        expected = padded([np.array([n] * n) for n in counts], padding)
+        np.testing.assert_array_equal(received, expected)
+
+    def test_a_list_of_letters_for_each_example_is_that_many_rows(self, keras):  # as PARSeq reads
+        generate = lambda self, x: [["a"] * int(n) for n in x]
+        received = self.generated(keras, generate, np.array([1, 2, 1]), np.zeros(3), size=2)
+        assert received.predictions.tolist() == [["a", ""], ["a", "a"], ["a", ""]]
+
+    QUESTION = {"ids": IDS, "mask": MASK}
+    TAKEN = {  # what generate does, inputs and labels, expected predictions
+        "a tuple is several outputs": (lambda self, x: (x * 2, x[:, 0]), (X, Y), (X * 2, X[:, 0])),
+        "a tuple arrives whole": (lambda self, x: x[0] * x[1], ((IDS, MASK), Y), IDS * MASK),
+        "the answer in the inputs": (
+            lambda self, x: x["ids"] + x.get("answer", 0),
+            ({"ids": X, "answer": X * 2}, {"answer": X * 2}),
+            X,
+        ),
+    }
+
+    @each("generate, data, expected", TAKEN.values(), ids=TAKEN)
+    def test_inputs_and_outputs_keep_their_nesting_without_the_answer(
+            self, keras, generate, data, expected):
+        assert_close(self.generated(keras, generate, *data).predictions, expected)
+
+    @each("label_cols", [None, "ids"])
+    def test_labels_with_the_names_of_the_question_take_nothing_away(self, keras, label_cols):
+        model = own_model(keras, generate=lambda self, inputs: inputs["ids"] * inputs["mask"])
+        data = in_batches(self.QUESTION, {**self.QUESTION, "ids": X + 1})
+        received = after_fit(model, data, label_cols=label_cols, **self.GENERATE)
+        np.testing.assert_array_equal(received.predictions, self.IDS * self.MASK)
+        labels = received.labels if label_cols else received.labels["ids"]
+        np.testing.assert_array_equal(labels, X + 1)
+
+    def test_generate_kwargs_may_hold_anything(self, keras):
+        generate = lambda self, x, bias: x + bias[1, 2] + bias["a"]
+        options = {"generate_kwargs": {"bias": {(1, 2): X[0], "a": 1.0}}}
+        received = self.generated(keras, generate, X, Y, **options).predictions
+        np.testing.assert_array_equal(received, X + X[0] + np.float32(1))
+
+    def test_output_cols_have_no_effect_on_bare_tokens(self, keras):
+        model = own_model(keras, generate=lambda self, inputs: inputs * 2)
+        received = after_fit(model, in_batches(X, TARGETS), output_cols=["logits"], **self.GENERATE)
+        np.testing.assert_array_equal(received.predictions, X * 2)
+
+    @each("columns", ["ab ac", "ab a", "a ab"])
+    def test_batches_whose_columns_differ_are_refused_by_their_names(self, keras, columns):
+        first, last = map(list, columns.split())
+        of = {8: first, 6: last}  # examples
+        model = own_model(keras, generate=lambda self, x: dict.fromkeys(of[len(x)], x))
+        with pytest.raises(ValueError, match="All batches must have the same (columns|structure)"):
+            after_fit(model, in_batches(X, TARGETS), **self.GENERATE)
+
+
+@ON_TF
+class TestCompiledFunctions:
+    """What is compiled lives as long as what it was made from: no longer, and no shorter."""
+
+    @each("method", ["call", "predict_step"])
+    def test_the_model_is_traced_in_the_first_of_several_fits_only(self, keras, method):
+        traces, counts = [], []
+
+        def call(self, inputs):
+            traces.append("call")
+            return self.dense(inputs)
+
+        def predict_step(self, data):
+            traces.append("predict_step")
+            return self.dense(data[0])
+        model, data = own_model(keras, **{method: locals()[method]}), in_batches(X, TARGETS)
+        callback = measuring([], data)
+        for _ in range(3):
+            model.fit(data, verbose=0, callbacks=[callback])
+            counts.append(len(traces))
+        assert counts == counts[:1] * 3
+
+    @each("change", ["another layer", "run_eagerly"])
+    def test_a_model_that_is_compiled_anew_within_a_fit_is_measured_as_it_is(self, keras, change):
+        def call(self, inputs):
+            return inputs * (2.0 if tf.executing_eagerly() else 1.0)
+        layer = type("Own", (keras.layers.Layer,), {"call": call})()
+        model, received = keras.Sequential([keras.layers.Input((4,)), layer]), []
+        callback = measuring(received, in_batches(X, X))
+        begin(callback, model)
+        model.compile("sgd", "mse")
+        callback.on_epoch_end(0, {})
+        if change == "another layer":
+            model.add(keras.layers.Rescaling(5.0))
+        model.compile("sgd", "mse", run_eagerly=change == "run_eagerly")
+        callback.on_epoch_end(1, {})
+        factor = 5 if change == "another layer" else 2
+        assert_close([pair.predictions for pair in received], [X, X * factor])
+
+
+class TestNoLabels:
+    ARRANGED = {
+        "label_cols": (lambda inputs: inputs, []),
+        "label_cols of a pair": (lambda inputs: (inputs, TARGETS), []),
+        "(inputs, None)": (lambda inputs: (inputs, None), None),
+        "(inputs,)": (lambda inputs: (inputs,), None),
+        "(inputs, None, sample_weight)": (lambda inputs: (inputs, None, np.ones(22)), None),
+    }
+
+    @each("names", [["x"], ["x", "labels"]], ids=" ".join)
+    @each("arrange, label_cols", ARRANGED.values(), ids=ARRANGED)
+    def test_no_labels_is_an_answer_and_takes_no_input_away(
+            self, keras, arrange, label_cols, names):
+        model = own_model(keras, call=lambda self, inputs: sum(inputs.values()))
+        data = arrange(dict.fromkeys(names, X))
+        predictions, labels = evaluate(model, data, batch_size=8, label_cols=label_cols)
+        np.testing.assert_array_equal(predictions, X * len(names))
+        assert labels is None
+
+    def test_the_error_about_a_missing_label_column_says_so(self):
+        with pytest.raises(ValueError, match=r"label_cols=\[\]"):
+            KerasMetricCallback(lambda p, l: {}, {"x": X}, batch_size=8)
+
+
+class TestOddValues:
+    @ON_TF  # `fit` without a loss
+    def test_a_single_output_called_loss_is_the_prediction(self, keras):
+        inputs = keras.layers.Input((4,))
+        model = own_model(keras, inputs, {"loss": keras.layers.Rescaling(2.0)(inputs)})
+        np.testing.assert_array_equal(after_fit(model, in_batches(X)).predictions, X * 2)
+
+    @each("largest", [2**53 + 1, 2**63 - 1, 2**64 - 1])
+    def test_uint64_labels_keep_every_digit_when_they_are_padded(self, keras, largest):
+        data = as_pipeline([(X[:2], np.full((2, width), largest, "uint64")) for width in (1, 2)])
+        labels = evaluate(own_model(keras), data).labels
+        assert labels.tolist() == [[largest, -100]] * 2 + [[largest] * 2] * 2
+        assert labels.dtype == (np.int64 if largest < 2**63 else object)
+
+    RAGGED = {
+        "uint64, equal rows": (tf.uint64, [[1, 2], [3, 2**63], [4, 5]]),
+        "uint64": (tf.uint64, [[1, 2], [2**63 - 1], [5]]),
+        "uint64 in wider and wider batches": (tf.uint64, [[2**64 - 1], [1, 2], [5, 6, 7]]),
+        "bool": (tf.bool, [[True, False], [True], []]),
+        "bool, equal rows": (tf.bool, [[True, False], [False, True], [True, True]]),
+    }
+
+    @each("dtype, rows", RAGGED.values(), ids=RAGGED)
+    def test_ragged_labels_arrive_padded(self, keras, dtype, rows):
+        values = tf.constant([value for row in rows for value in row], dtype)
+        ragged = tf.RaggedTensor.from_row_lengths(values, list(map(len, rows)))
+        received = evaluate(own_model(keras), in_batches(X[:3], ragged, size=2)).labels
+        longest = max(map(len, rows))
+        assert received.tolist() == [row + [-100] * (longest - len(row)) for row in rows]
+
+    def test_an_image_without_objects_has_an_empty_row_of_ragged_labels(self, keras):
+        objects = tf.ragged.constant([[[1, 2], [3]], [], [[4]]])
+        received = evaluate(own_model(keras), in_batches(X[:3], objects, size=1)).labels
+        none = [-100, -100]
+        assert received.tolist() == [[[1, 2], [3, -100]], [none, none], [[4, -100], none]]
+
+    VALUES = [np.ma.masked, np.ma.array(1.0, mask=True), fractions.Fraction(10**400), 10**400]
+
+    @each("value", VALUES, ids=["masked", "masked array", "Fraction", "int"])
+    def test_a_value_that_no_float_can_show_is_refused_by_its_name(self, keras, value):
+        callback = KerasMetricCallback(lambda p, l: {"f1": value}, (X, Y), batch_size=8)
+        with pytest.raises(TypeError, match="(?s)return a dict of metric names to numbers.*'f1'"):
+            fit_in_order(small_model(keras), verbose=2, callbacks=[callback])
+
+    def test_an_unbatched_generator_of_scalar_labels_is_refused_when_it_shows(self, keras):
+        kinds = {"output_types": (tf.float32, tf.int64)}
+        data = tf.data.Dataset.from_generator(lambda: zip(X, Y), **kinds)
+        with pytest.raises(ValueError, match="must be batched"):
+            fit_in_order(small_model(keras), callbacks=[measuring([], data)])
+
+
 # PushToHubCallback ---------------------------------------------------------------------------
 
 
@@ -1155,8 +1494,9 @@ class TestPushedFiles:
     SECRETS = {
         "hidden files": [".env", ".env.local", ".netrc", ".git/config", ".cache/x"],
         "keys": ["my.pem", "my.key", "prod.env"],
-        "credentials": "kaggle.json credentials.json client_secret_1.json token.txt id_rsa "
-        "id_rsa.pub id_ed25519 my.p12 my.pfx".split(),
+        "credentials": "kaggle.json credentials.json Credentials credentials.d/a.txt token _netrc "
+        "client_secret_1.json token.txt stored_tokens id_rsa id_rsa.pub id_ed25519 my.p12 "
+        "my.pfx".split(),
     }
 
     @each("kind", SECRETS)
@@ -1211,7 +1551,21 @@ class TestPushedFiles:
         saved(push, 1)
         assert pushed(push)[name] == path.read_bytes()
 
-    @each("secrets", [[], [".env", "notes/.env", "key.pem"]])
+    def test_files_of_others_in_the_folder_are_told_once(self, model, tmp_path, caplog):
+        folder = tmp_path / "model"
+        (folder / "data").mkdir(parents=True)
+        for name in [*(f"data/file-{index}.csv" for index in range(500)), ".env", "token"]:
+            (folder / name).write_text("x")
+        push = pushing(tmp_path)
+        ((level, message),) = logged(caplog)
+        assert level == "WARNING" and re.search(r"\b500\b", message)
+        assert 1 <= message.count("file-") <= 10 and not re.search(r"\.env|token", message)
+        fit_in_order(model, callbacks=[push])
+        caplog.clear()
+        pushing(tmp_path)  # all of them are on the Hub now
+        assert logged(caplog) == []
+
+    @each("secrets", [[], [".env", "notes/.env", "key.pem"], ["kaggle.json", "notes/id_rsa"]])
     def test_the_command_of_the_warning_pushes_what_would_have_been_pushed(
             self, push, tmp_path, caplog, secrets):
         (push.output_dir / "notes").mkdir()
@@ -1222,6 +1576,10 @@ class TestPushedFiles:
         hub.faults.clear()
         command = next(line for line in caplog.text.splitlines() if f" upload {push.hub_model_id} " in line)
         assert ("--exclude" in command) is bool(secrets)
+        assert ("*.p12" in command, len(command) < 400) == (False, True)
+        ((level, message),) = logged(caplog)
+        assert level == "ERROR" and str(push.output_dir) in message
+        assert re.search("HF_TOKEN|--token", message) and WRITE not in message
         path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
         options = {"env": {**os.environ, "HF_TOKEN": WRITE, "PATH": path}, "cwd": tmp_path}
         run = subprocess.run(command, shell=True, capture_output=True, text=True, **options)
@@ -1370,6 +1728,224 @@ class TestUntrustedCheckpoint:
         self.refuse(small_model(FIRST), tmp_path, FileNotFoundError)
 
 
+def apart(keras, kind):
+    """A model of the layers `left` and `right`; `kind` says which optimizers train what of it."""
+    g, d = keras.optimizers.Adam(0.1), keras.optimizers.RMSprop(0.01)
+
+    class Apart(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.left = keras.Sequential([keras.layers.Input((4,)), keras.layers.Dense(4)])
+            self.right = keras.Sequential([keras.layers.Input((4,)), keras.layers.Dense(3)])
+            if kind in ("GAN", "GAN without a default"):
+                self.g, self.d = g, d
+            elif kind.startswith("GAN"):
+                self.both = {"g": g, "d": [d] if "list" in kind else d}
+
+        def training(self):
+            """The optimizers, each with what it trains."""
+            if kind == "late" and not hasattr(self, "late"):
+                self.late = g
+            if kind.startswith("GAN"):
+                return [(g, self.left), (d, self.right)]
+            return [(g, self if kind == "no call" else self.right)]
+
+        def train_step(self, data):
+            for optimizer, layer in self.training():
+                with tf.GradientTape() as tape:
+                    loss = tf.reduce_mean(tf.square(self.right(self.left(data[0])) - 1.0))
+                variables = layer.trainable_variables
+                sources = [v.value if keras in KERAS3 else v for v in variables]
+                optimizer.apply_gradients(zip(tape.gradient(loss, sources), variables))
+            return {"loss": loss}
+    if kind != "no call":
+        Apart.call = lambda self, x: self.right(self.left(x))
+    keras.utils.set_random_seed(7)
+    model = Apart()
+    default = {"optimizer": None} if kind == "GAN without a default" else {}
+    model.compile(**({"optimizer": g} if kind in ("a part", "no call") else default))
+    if kind != "no call":
+        model(X)
+    return model
+
+
+class TestResuming:
+    KINDS = ["GAN", "GAN without a default", "GAN of a dict", "GAN of a list in a dict"]
+
+    @ON_TF
+    @each("kind", [*KINDS, "a part", "no call"])
+    @pytest.mark.filterwarnings("ignore:You are saving a model that has not yet been built")
+    def test_whatever_trains_what_comes_back(self, keras, tmp_path, kind):
+        if kind == "GAN without a default" and keras not in KERAS3:
+            pytest.skip("Keras 2 compiles no model without an optimizer")
+        assert_resumes(lambda: apart(keras, kind), tmp_path)
+
+    @ON_TF
+    def test_where_that_cannot_be_known_one_training_step_tells(self, keras, tmp_path):
+        def refuse_then_step(model):
+            before = model.get_weights()
+            with pytest.raises(ValueError, match="one training step"):
+                load_repo_checkpoint(model, "user/half", token=WRITE)
+            assert_equal(model.get_weights(), before)
+            model.fit(X[:8], Y[:8], verbose=0)
+        assert_resumes(lambda: apart(keras, "late"), tmp_path, before_loading=refuse_then_step)
+
+    KEPT = ["frozen", "average", "best weights"]
+    TOLD = ["Nadam", "Dropout", "GaussianNoise"]  # in the README, of Keras 2 alone
+
+    @each("kind", [*KEPT, *TOLD, "recurrent"])
+    def test_what_keeps_a_state_or_ends_with_other_weights_resumes(self, keras, tmp_path, kind):
+        class Restoring(keras.callbacks.Callback):  # at the end, as EarlyStopping does since 2.16
+            def on_epoch_end(self, epoch, logs=None):
+                self.best = self.best if epoch else self.model.get_weights()
+
+            def on_train_end(self, logs=None):
+                self.model.set_weights(self.best)
+
+        def make():
+            keras.utils.set_random_seed(7)
+            noise = [getattr(keras.layers, kind)(0.5)] if kind in ("Dropout", "GaussianNoise") else []
+            layers = [keras.layers.Dense(4), *noise, keras.layers.Dense(3, "softmax")]
+            model = keras.Sequential([keras.layers.Input((4,)), *layers])
+            average = {"use_ema": True, "ema_momentum": 0.5} if kind == "average" else {}
+            optimizer = keras.optimizers.Adam(0.1, **average)
+            model.compile("nadam" if kind == "Nadam" else optimizer, LOSS)
+            model.layers[0].trainable = kind != "frozen"  # after compile
+            return model
+        if kind in self.KEPT or (keras in KERAS3 and kind in self.TOLD):
+            callbacks = [Restoring()] if kind == "best weights" else []
+            assert_resumes(make, tmp_path, callbacks=callbacks)
+        else:
+            readme = (HERE / "README.md").read_text("utf-8")
+            assert kind in readme.partition(" resuming\n")[2].partition("\n## ")[0]
+
+    def test_names_decide_which_variable_is_which(self, keras, tmp_path):
+        class Chain(keras.Model):
+            def __init__(self, order):
+                super().__init__(name="chain")
+                for name in order:
+                    setattr(self, name, keras.layers.Dense(4, name=name))
+
+            def get_config(self):
+                return {}
+
+            def call(self, inputs):
+                return self.b(self.a(inputs))
+
+        def make(order):
+            model = Chain(order)
+            model.compile("adam", "mse")
+            model(X)
+            weights = enumerate(model.get_weights(), start=1)
+            model.set_weights([np.full(weight.shape, float(n)) for n, weight in weights])
+            return model
+        first, second, push = make("ab"), make("ba"), pushing(tmp_path, checkpoint=True)
+        for part in ("kernel", "bias"):
+            getattr(second.a, part).assign(np.array(getattr(first.a, part)))
+        first.fit(X, X, verbose=0, callbacks=[push])
+        load_repo_checkpoint(second, push.output_dir)
+        for model in (first, second):
+            model.fit(X, X, shuffle=False, verbose=0)
+        for name in "ab":
+            left, right = (getattr(model, name).get_weights() for model in (first, second))
+            assert_equal(left, right)
+
+
+class TestWhichCheckpoint:
+    def test_an_older_one_in_the_cache_is_not_taken_for_the_newest(self, push, model):
+        other = small_model(FIRST)
+        saved(push)
+        assert load_repo_checkpoint(other, push.hub_model_id, token=WRITE) == {"epoch": 0}
+        fit_in_order(model, initial_epoch=1, epochs=2, callbacks=[push])
+        before = state_of(other)
+        hub.add_fault("info", 503, times=1000)
+        with pytest.raises(huggingface_hub.utils.HfHubHTTPError, match="503"):
+            load_repo_checkpoint(other, push.hub_model_id, token=WRITE)
+        assert_equal(state_of(other), before)
+
+    @each("network", ["switched off by the user", "out of reach"])
+    def test_without_the_hub_the_cache_is_loaded_only_for_who_said_so(self, push, network):
+        saved(push)
+        load_repo_checkpoint(small_model(FIRST), push.hub_model_id, token=WRITE)
+        revision = hub.repos[push.hub_model_id][-1]["oid"]
+        code = f"""
+import contextlib, io, huggingface_hub.constants  # read before the tests change the environment
+with contextlib.redirect_stderr(io.StringIO()) as shown:
+    import test_keras_callbacks as tests
+    try:
+        last = tests.load_repo_checkpoint(tests.small_model(tests.FIRST), "{push.hub_model_id}")
+    except Exception as error:
+        last = type(error).__name__
+if {network == "out of reach"}:
+    assert isinstance(last, str), last
+else:
+    assert last == {{"epoch": 0}}, last
+    assert "{revision}"[:7] in shown.getvalue(), shown.getvalue()
+"""
+        unreachable = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+        children((code, unreachable if network == "out of reach" else {"HF_HUB_OFFLINE": "1"}))
+
+    @each("path", ["./nosuch", "../no/such/one", "nosuch/", "/no/such/one"])
+    def test_a_path_that_does_not_exist_is_said_to(self, path, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(FileNotFoundError, match="nosuch|no/such"):
+            load_repo_checkpoint(small_model(FIRST), path)
+
+    @each("strategy", ["epoch", "no"])
+    @each("place", ["the same folder", "another folder"])
+    def test_a_stale_one_is_neither_pushed_nor_loaded(self, push, model, repo, place, strategy):
+        saved(push)
+        folder = push.output_dir if "same" in place else push.output_dir.parent / "elsewhere"
+        options = {"hub_model_id": repo, "hub_token": WRITE}
+        newer = PushToHubCallback(folder, save_strategy=strategy, **options)
+        fit_in_order(model, callbacks=[newer])
+        assert not pushed(push).keys() & {"checkpoint/state.json", "checkpoint/stale.json"}
+        with pytest.raises(FileNotFoundError):
+            load_repo_checkpoint(small_model(FIRST), push.hub_model_id, token=WRITE)
+        if place == "the same folder":
+            assert sorted(os.listdir(folder / "checkpoint")) == ["stale.json", "state.npz"]
+            with pytest.raises(FileNotFoundError, match="older than the model"):
+                load_repo_checkpoint(small_model(FIRST), folder)
+        fit_in_order(model, callbacks=[PushToHubCallback(folder, checkpoint=True, **options)])
+        for source in (folder, push.hub_model_id):
+            other = small_model(FIRST)
+            assert load_repo_checkpoint(other, source, token=WRITE) == {"epoch": 0}
+            assert_equal(other.get_weights(), model.get_weights())
+
+    @each("name, content, reason", [
+        ("state.json", b"[0]", "state.json"),
+        ("state.json", b'{"epoch": 0}', "state.json.*history"),
+        ("state.json", b'{"epoch": 0, "history": {"x": {}}}', "state.json.*history"),
+        ("state.npz", b"", "state.npz"),
+    ])
+    def test_the_error_says_what_is_damaged(self, push, model, name, content, reason):
+        saved(push)
+        (push.output_dir / "checkpoint" / name).write_bytes(content)
+        with pytest.raises(ValueError, match=reason):
+            load_repo_checkpoint(model, push.output_dir)
+
+    def test_a_lack_of_memory_is_no_damage(self, push, model, monkeypatch):
+        saved(push)
+        monkeypatch.setattr("zipfile.ZipFile.open", raising(MemoryError("no room")))
+        with pytest.raises(MemoryError, match="no room"):
+            load_repo_checkpoint(model, push.output_dir)
+
+    @each("name", ["state.npz", "state.json"])
+    def test_a_file_that_may_not_be_read_is_no_damage(self, push, model, name):
+        saved(push)
+        with tempfile.TemporaryDirectory() as folder:  # tmp_path is closed to others
+            shutil.copytree(push.output_dir, folder, dirs_exist_ok=True)
+            os.chmod(folder, 0o755)
+            os.chmod(f"{folder}/checkpoint/{name}", 0)
+            user = os.geteuid()
+            os.seteuid(user or 65534)  # root may read everything
+            try:
+                with pytest.raises(PermissionError, match=name):
+                    load_repo_checkpoint(model, folder)
+            finally:
+                os.seteuid(user)
+
+
 # Model card ----------------------------------------------------------------------------------
 
 
@@ -1390,6 +1966,8 @@ class TestCard:
             begin(metric, model)
             metric.on_epoch_end(epoch, keras_logs)
             push.on_epoch_end(epoch, {name: keras_logs[name] for name in logs})
+            if epoch + 1 < len(epochs):  # results are of the first epoch that has these weights
+                model.set_weights([weight + 1 for weight in model.get_weights()])
         push.on_train_end()
         return on_hub()["README.md"].decode()
 
@@ -1468,9 +2046,8 @@ class TestCard:
 
     @each("facts, message", [
         ({"license": Odd("mit")}, "No model card was written: ZeroDivisionError: odd"),
-        ({"dataset": "half a pair: \ud800"}, "No model card was written: Unicode"),
         ({"tags": ["REFUSE"]}, "without the model card"),  # as the Hub will not have it
-    ], ids=["not generated", "not written", "refused"])
+    ], ids=["not generated", "refused"])
     def test_a_card_that_fails_blocks_nothing(self, model, tmp_path, caplog, facts, message):
         push = pushing(tmp_path, **facts)
         fit_in_order(model, callbacks=[push])
@@ -1525,6 +2102,199 @@ class TestCardOfAHuman:
         assert_pushed(push)
 
 
+def run_loading_code(push, monkeypatch, **names):
+    """Runs the Python of the card, with the user's own names in the module it imports them from."""
+    code = re.search(r"```python\n(.*?)```", pushed(push)["README.md"].decode(), re.DOTALL)[1]
+    module = types.ModuleType("your_code")
+    vars(module).update(names)
+    monkeypatch.setitem(sys.modules, "your_code", module)
+    found = {}
+    exec(code, found)
+    for name in names:
+        assert re.search(rf"^from your_code import .*\b{name}\b", code, re.MULTILINE)
+    return found["model"]
+
+
+def card_on_hub(push, index=-1):
+    return huggingface_hub.ModelCard(hub.files(push.hub_model_id, index)["README.md"].decode())
+
+
+class TestCardIsTrue:
+    FACTS = {"tasks": "image-classification", "dataset": "digits"}
+
+    @BOTH
+    @each("kind", ["small", "with variables that tell nothing"])
+    def test_results_are_those_of_the_epoch_that_is_pushed(self, keras, tmp_path, strategy, kind):
+        scores = iter([0.5, 0.9, 0.1, 0.2])
+        push = pushing(tmp_path, save_strategy=strategy, **self.FACTS)
+        callbacks = [
+            KerasMetricCallback(lambda p, l: {"f1": next(scores)}, (X, Y), batch_size=8),
+            keras.callbacks.EarlyStopping("f1", mode="max", patience=2, restore_best_weights=True),
+            push,
+        ]
+        model = small_model(keras)
+        if kind != "small":  # frozen ones, and seeds that no callback restores
+            layers = [keras.layers.Dropout(0.1), keras.layers.Dense(1, trainable=False)]
+            layers += [keras.layers.Dense(3, activation="softmax")]
+            model = keras.Sequential([keras.layers.Input((4,)), *layers])
+            model.compile("adam", LOSS)
+        fit_in_order(model, epochs=9, callbacks=callbacks)
+        card = card_on_hub(push)
+        assert [(r.metric_name, r.metric_value) for r in card.data.eval_results] == [("f1", 0.9)]
+        assert "After 2 epochs" in card.text
+
+    @each("how", ["an average", "another callback", "in the middle of an epoch"])
+    def test_weights_of_no_epoch_claim_no_results(self, keras, tmp_path, how):
+        class Changing(keras.callbacks.Callback):
+            def on_train_end(self, logs=None):
+                if how == "another callback":
+                    self.model.set_weights([w + 1 for w in self.model.get_weights()])
+
+            def on_train_batch_end(self, batch, logs=None):
+                if push.last_job:
+                    push.last_job.result(timeout=60)
+        model = small_model(keras, keras.optimizers.Adam(0.1, use_ema=how == "an average"))
+        strategy = {"save_strategy": "steps", "save_steps": 5} if "middle" in how else {}
+        push = pushing(tmp_path, **strategy, **self.FACTS)
+        measure = KerasMetricCallback(lambda p, l: {"f1": 0.5}, (X, Y), batch_size=8)
+        fit_in_order(model, epochs=2, callbacks=[measure, Changing(), push])
+        card = card_on_hub(push, 1 if "middle" in how else -1)  # after batch 5; an epoch has three
+        assert (card.data.eval_results, card.data.metrics) == (None, None)
+        assert not re.search(r"After \d+ epoch", card.text)
+
+    def test_the_epochs_of_earlier_fits_count_and_no_origin_is_made_up(self, push, model):
+        for _ in range(3):
+            fit_in_order(model, callbacks=[push])
+        assert not re.search("After 1 epoch|scratch|fine-tuned", card_on_hub(push).text)
+
+    @each("base", ["bert-base-cased", "owner/base"])
+    def test_a_folder_of_the_same_name_does_not_hide_the_origin(
+            self, model, tmp_path, monkeypatch, base):
+        (tmp_path / base).mkdir(parents=True)
+        monkeypatch.chdir(tmp_path)
+        push = pushing(tmp_path, finetuned_from=base)
+        fit_in_order(model, callbacks=[push])
+        card = card_on_hub(push)
+        assert card.data.base_model == base and base in card.text
+
+    CUSTOM = ["layer", "registered layer", "lambda", "function", "loss", "metric", "adam"]
+
+    @each("kind", [*CUSTOM, "schedule", "model", "save_pretrained"])
+    def test_the_code_loads_a_model_with_parts_of_ones_own(
+            self, keras, tmp_path, monkeypatch, kind):
+        class OwnLayer(keras.layers.Layer):
+            def call(self, inputs):
+                return inputs * 2
+
+        class OwnModel(keras.Sequential):
+            pass
+
+        class OwnSave_Pretrained(keras.Sequential):  # which is a Keras model all the same
+            def save_pretrained(self, folder):
+                self.export(folder)
+
+        class OwnMetric(keras.metrics.SparseCategoricalAccuracy):
+            pass
+
+        class OwnAdam(keras.optimizers.Adam):
+            pass
+
+        class OwnSchedule(keras.optimizers.schedules.ExponentialDecay):
+            pass
+
+        def own_function(x):
+            return x * 3
+
+        def own_loss(labels, predictions):
+            return keras.losses.sparse_categorical_crossentropy(labels, predictions) * 2
+        own = {"layer": OwnLayer, "model": OwnModel, "metric": OwnMetric, "adam": OwnAdam}
+        own |= {"schedule": OwnSchedule, "function": own_function, "loss": own_loss}
+        own |= {"save_pretrained": OwnSave_Pretrained}
+        word = kind.removeprefix("registered ")
+        if kind == "registered layer":
+            keras.saving.register_keras_serializable("tests")(OwnLayer)
+        activation = own_function if kind == "function" else (lambda x: x * 2)
+        layer = {"layer": OwnLayer, "lambda": lambda: keras.layers.Lambda(activation)}
+        layer["function"] = lambda: keras.layers.Activation(activation)
+        middle = layer[word]() if word in layer else keras.layers.Activation("relu")
+        layers = [keras.layers.Input((4,)), middle, keras.layers.Dense(3, activation="softmax")]
+        model = (own[kind] if kind in ("model", "save_pretrained") else keras.Sequential)(layers)
+        rate = OwnSchedule(0.1, 10, 0.9) if kind == "schedule" else 0.1
+        optimizer = (OwnAdam if kind == "adam" else keras.optimizers.Adam)(rate)
+        metrics = [OwnMetric()] if kind == "metric" else []
+        model.compile(optimizer, own_loss if kind == "loss" else LOSS, metrics=metrics)
+        push = pushing(tmp_path)
+        fit_in_order(model, callbacks=[push])
+        library = "keras" if keras in KERAS3 else "tf-keras"
+        assert card_on_hub(push).data.library_name == library
+        names = {own[word].__name__: own[word]} if word in own else {}
+        loaded = run_loading_code(push, monkeypatch, **names)
+        keras.saving.get_custom_objects().pop("tests>OwnLayer", None)
+        assert_equal(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
+
+    @each("name", ["a\nb", "a\n---\nb", '"f1"', "it's: # x", "", "\ud800"])
+    def test_no_name_of_a_metric_costs_the_card(self, model, tmp_path, repo, name):
+        push = pushing(tmp_path, repo, **self.FACTS)
+        measure = KerasMetricCallback(lambda p, l: {name: 0.5, "f1": 0.25}, (X, Y), batch_size=8)
+        fit_in_order(model, callbacks=[measure, push])
+        card = card_on_hub(push)
+        assert sorted(r.metric_value for r in card.data.eval_results) == [0.25, 0.5]
+        assert rows_of(card.text) == [0]
+        assert "# " + repo.replace("_", "\\_") in card.text.splitlines()
+
+
+@each("place", ["on the Hub", "in the folder"])
+class TestCardOfOthers:
+    THEIRS = (
+        "---\nlicense: mit\n---\n\n<!-- This model card has been generated automatically according "
+        "to the information Keras had access to. You should\nprobably proofread and complete it, "
+        "then remove this comment. -->\n\n# earlier\n"
+    )
+    KEYS = "---\nlicense: apache-2.0\ntags:\n- mine\nextra_gated_prompt: ask me\n---\n"
+
+    @staticmethod
+    def push_over(card, place, folder, repo, **facts):
+        """A callback for a place where this card is already."""
+        hub.commit(f"user/{repo}", "initial commit", {})
+        if place == "on the Hub":
+            hub.commit(f"user/{repo}", "Create README.md", {"README.md": card.encode()})
+        else:
+            (folder / repo).mkdir()
+            (folder / repo / "README.md").write_text(card)
+        return pushing(folder, repo, **facts)
+
+    def test_the_card_that_transformers_generated_is_replaced(self, model, tmp_path, repo, place):
+        push = self.push_over(self.THEIRS, place, tmp_path, repo)
+        fit_in_order(model, callbacks=[push])
+        assert "# earlier" not in card_on_hub(push).text
+        assert "generated_from_keras_callback" in card_on_hub(push).data.tags
+
+    @each("card", [KEYS, KEYS.replace("\n", "\r\n"), KEYS + "\n\n", "", "\n"])
+    def test_a_card_of_metadata_alone_gets_our_text_and_keeps_its_keys(
+            self, model, tmp_path, repo, place, card):
+        facts = {"license": "mit", **TestCardIsTrue.FACTS}
+        push, theirs = self.push_over(card, place, tmp_path, repo, **facts), bool(card.strip())
+        for epoch in range(2):
+            options = {"initial_epoch": epoch, "epochs": epoch + 1}
+            fit_in_order(model, callbacks=[push, awaiting(push)], **options)
+            made = card_on_hub(push)
+            assert made.data.license == ("apache-2.0" if theirs else "mit")
+            assert made.data.to_dict().get("extra_gated_prompt") == ("ask me" if theirs else None)
+            assert ("mine" in made.data.tags) == theirs
+            assert made.data.pipeline_tag == "image-classification"
+            assert epoch in rows_of(made.text)
+
+    def test_who_is_kept_by_a_humans_card_from_ours_reads_so_once(
+            self, model, tmp_path, repo, place, caplog):
+        human = TestCardOfAHuman.HUMAN.decode()
+        push = self.push_over(human, place, tmp_path, repo)
+        caplog.clear()
+        fit_in_order(model, epochs=3, callbacks=[push, awaiting(push)])
+        assert pushed(push)["README.md"].decode() == human
+        ((level, message),) = logged(caplog)
+        assert level == "WARNING" and re.search("README.md|card", message)
+
+
 # Faults --------------------------------------------------------------------------------------
 
 
@@ -1563,7 +2333,6 @@ PASSING = {
 }
 REFUSALS = [("info", 404), ("preupload", 403), ("batch", 403), ("lfs", 403), ("lfs", 413)]
 REFUSALS += [("commit", 401), ("commit", 413)]
-BOTH = each("strategy", ["epoch", "no"], ids=["during", "at the end"])
 
 
 class TestFaults:
@@ -1573,7 +2342,7 @@ class TestFaults:
             self, model, tmp_path, repo, monkeypatch, stage, kind, strategy):
         push = pushing(tmp_path, repo, save_strategy=strategy)
         callbacks = [push, awaiting(push)] if strategy == "epoch" else [push]
-        monkeypatch.setattr(kc, "REQUEST_SECONDS", 0.5 if kind == "hang" else 20.0)
+        monkeypatch.setattr(kc, "ATTEMPT_SECONDS", 0.5 if kind == "hang" else 20.0)
         fault = hub.add_fault(stage, kind, times=3 if stage == "any" else 1)
         fit_in_order(model, callbacks=callbacks)
         first = {"epoch": "Training in progress, epoch 0", "no": "End of training"}[strategy]
@@ -1605,7 +2374,7 @@ class TestFaults:
             self, model, tmp_path, repo, caplog, monkeypatch, stage, kind):
         push = pushing(tmp_path, repo, save_strategy="no")
         monkeypatch.setattr(kc, "FINAL_SECONDS", 0.7)
-        monkeypatch.setattr(kc, "REQUEST_SECONDS", 0.3 if kind == "hang" else 20.0)
+        monkeypatch.setattr(kc, "ATTEMPT_SECONDS", 0.3 if kind == "hang" else 20.0)
         hub.down, before = kind == "down", asked(stage)
         hub.add_fault(stage, kind, times=1000)
         history = fit_in_order(model, callbacks=[push])
@@ -1620,13 +2389,13 @@ class TestFaults:
         assert_loads_back(push.output_dir, push.model)
 
     def test_a_try_that_wakes_up_late_does_not_undo_the_newer_state(self, push, model, monkeypatch):
-        monkeypatch.setattr(kc, "REQUEST_SECONDS", 0.5)
+        monkeypatch.setattr(kc, "ATTEMPT_SECONDS", 0.5)
         late = hub.add_fault("commit", "wait")
         push.on_train_end()
         before = commits(push)
         assert asked("commit") >= 2
         late.release.set()
-        monkeypatch.setattr(kc, "REQUEST_SECONDS", 20.0)
+        monkeypatch.setattr(kc, "ATTEMPT_SECONDS", 20.0)
         fit_in_order(model, callbacks=[push])
         assert commits(push)[: len(before)] == before
         assert_pushed(push)
@@ -1778,17 +2547,6 @@ class TestSavingFails:
         assert_pushed(push)
         assert not leftovers(push.output_dir)
 
-    def test_a_model_that_cannot_be_serialised_is_named(self, keras, tmp_path):
-        class Stubborn(keras.layers.Layer):
-            get_config = raising(NotImplementedError("no config of mine"))
-            call = staticmethod(lambda inputs: inputs)
-        model = keras.Sequential([keras.layers.Input((4,)), Stubborn(), keras.layers.Dense(3)])
-        model.compile("adam", "mse")
-        push = pushing(tmp_path)
-        with pytest.raises(Exception, match="no config of mine"):
-            model.fit(X, X[:, :3], verbose=0, callbacks=[push])
-        assert contents(push.output_dir) == {}
-
     @each("obstacle", ["nothing", "a file", "a folder inside"])
     def test_a_folder_that_is_gone_or_is_no_longer_one_is_named(self, push, obstacle):
         if obstacle == "a folder inside":
@@ -1816,6 +2574,381 @@ class TestSavingFails:
         assert_loads_back(push.output_dir, push.model)
         saved(push, 2)
         assert pushed(push)["large.bin"] == bytes(9_000_000)
+
+
+def once_training_waits(action):
+    """Calls the action, in a thread, when the main thread waits in on_train_end for something."""
+    main = threading.main_thread().ident
+
+    def is_waiting():
+        frames = traceback.walk_stack(sys._current_frames()[main])
+        stack = [(frame.f_code.co_name, frame.f_code.co_filename) for frame, _ in frames]
+        return stack[0][0] == "wait" and ("on_train_end", kc.__file__) in stack
+
+    def run():
+        while not is_waiting():
+            threading.Event().wait(0.01)  # looks again
+        action()
+    threading.Thread(target=run, daemon=True).start()
+
+
+def interrupt_once(event):
+    """Presses Ctrl-C when the training waits and the event is set."""
+    once_training_waits(lambda: event.wait(60) and os.kill(os.getpid(), signal.SIGINT))
+
+
+class TestPushingGoesOn:
+    def test_a_terminal_that_lacks_a_letter_costs_nothing(self, model, tmp_path, repo, monkeypatch):
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+        push = PushToHubCallback(tmp_path / "modèle", hub_model_id=repo, hub_token=WRITE)
+        fit_in_order(model, verbose=2, callbacks=[push])
+        assert push.last_job.exception() is None
+        assert_pushed(push)
+
+    def test_an_upload_that_cannot_be_started_is_a_failed_one(
+            self, push, model, monkeypatch, caplog):
+        failures, start = [RuntimeError("can't start new thread")], threading.Thread.start
+
+        def start_later(thread):
+            if failures and sys._getframe(1).f_globals["__name__"] == "keras_callbacks":
+                raise failures.pop()
+            start(thread)
+        monkeypatch.setattr(threading.Thread, "start", start_later)
+        fit_in_order(model, callbacks=[push])
+        ((level, message),) = logged(caplog)
+        assert level == "WARNING" and "can't start new thread" in message
+        assert commits(push) == ["End of training"]
+
+    def test_a_remark_of_the_hub_on_a_card_fails_no_push(self, push):
+        remark = {"errors": [], "warnings": [{"message": "empty or missing yaml metadata"}]}
+        hub.add_fault("yaml", 200, times=1000, body=json.dumps(remark).encode())
+        push.on_train_end()  # here warnings are errors, as with `python -W error`
+        assert push.last_job.exception() is None
+        assert_pushed(push)
+
+    def test_an_ordinary_run_ends_without_a_line_in_any_log(self, push, model, caplog):
+        logger = logging.getLogger("huggingface_hub")  # which passes nothing on
+        logger.addHandler(caplog.handler)
+        try:
+            fit_in_order(model, epochs=2, callbacks=[push, awaiting(push)])
+        finally:
+            logger.removeHandler(caplog.handler)
+        assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == []
+
+    def test_a_changed_working_folder_breaks_nothing(self, model, tmp_path, repo, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "elsewhere").mkdir()
+        push = PushToHubCallback(repo, hub_token=WRITE)
+        assert push.output_dir == tmp_path / repo
+        moving = FIRST.callbacks.LambdaCallback(on_train_begin=lambda logs: os.chdir("elsewhere"))
+        fit_in_order(model, callbacks=[moving, push])
+        assert_pushed(push)
+        assert_loads_back(tmp_path / repo, model)
+        assert not list((tmp_path / "elsewhere").iterdir())
+
+    def test_a_tilde_is_the_home(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.chdir(tmp_path)
+        assert PushToHubCallback("~/model", hub_token=WRITE).output_dir == tmp_path / "model"
+
+    @each("name", ["my model", "a--b", "x" * 97, "model.git"])
+    def test_a_name_that_the_hub_refuses_makes_no_folder(self, tmp_path, name):
+        with pytest.raises(ValueError, match=re.escape(name)):
+            pushing(tmp_path, name)
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="needs a second filesystem")
+    def test_a_part_of_the_folder_may_lie_on_another_disk(self, push):
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+            assert os.stat(other).st_dev != os.stat(push.output_dir).st_dev
+            (push.output_dir / "checkpoint").symlink_to(other)
+            saved(push)
+            assert sorted(os.listdir(other)) == ["state.json", "state.npz"]
+            assert load_repo_checkpoint(small_model(FIRST), push.output_dir) == {"epoch": 0}
+
+    @each("stage", ["info", "preupload", "lfs"])
+    def test_a_snapshot_that_was_removed_is_never_called_pushed(
+            self, push, stage, monkeypatch, caplog):
+        monkeypatch.setattr(kc, "FINAL_SECONDS", 0.1)
+        fault = hub.add_fault(stage, "wait")
+
+        def clean():  # what `git clean -fdx` does
+            fault.reached.wait(60)
+            folders = [path for path in leftovers(push.output_dir) if path.is_dir()]
+            for path in folders:
+                shutil.rmtree(path)
+            assert folders
+            fault.release.set()
+        threading.Thread(target=clean, daemon=True).start()
+        push.on_train_end()
+        made = hub.repos[push.hub_model_id][1:]  # with the whole model, where it was sent by then
+        assert all(WEIGHTS in commit["files"] for commit in made)
+        assert [level for level, _ in logged(caplog)] == ["ERROR"] * (1 - len(made))
+
+    def test_a_lock_of_the_users_on_the_folder_is_not_waited_for(self, push):
+        fcntl = pytest.importorskip("fcntl")
+        held = os.open(push.output_dir, os.O_RDONLY)
+        fcntl.flock(held, fcntl.LOCK_EX)
+        guard = threading.Timer(20, os.close, [held])
+        guard.start()
+        push.on_train_end()
+        assert guard.is_alive()
+        guard.cancel()
+        os.close(held)
+
+    @ON_TF  # layers of TensorFlow
+    @each("kind", ["text", "a variable of unknown size"])
+    @each("checkpoint", [False, True])
+    def test_no_estimate_stops_what_can_be_saved(self, keras, tmp_path, kind, checkpoint):
+        class Remembering(keras.layers.Layer):
+            def __init__(self, **options):
+                super().__init__(**options)
+                self.memory = tf.Variable(tf.ones((2, 4)), shape=(None, 4), trainable=False)
+
+            def call(self, inputs):
+                return inputs + tf.reduce_sum(self.memory)
+        x, layers = X, [keras.layers.Input((4,)), Remembering()]
+        if kind == "text":
+            x = tf.constant([f"a {'b ' * (i % 3)}" for i in range(22)])
+            words = keras.layers.TextVectorization(output_sequence_length=4)
+            words.adapt(x)
+            layers = [words, keras.layers.Embedding(9, 2), keras.layers.GlobalAveragePooling1D()]
+        model = keras.Sequential([*layers, keras.layers.Dense(3, activation="softmax")])
+        model.compile("adam", LOSS)
+        push = pushing(tmp_path, checkpoint=checkpoint)
+        model.fit(x, Y, verbose=0, callbacks=[push])
+        with keras.saving.custom_object_scope({"Remembering": Remembering}):
+            loaded = load(keras, downloaded(push))
+        assert_equal(loaded.predict(x, verbose=0), model.predict(x, verbose=0))
+
+    @each("pattern", ["*.h5\n*.keras", "model*", "*", "*.log"])
+    def test_a_gitignore_may_keep_out_what_is_no_part_of_the_model(self, push, pattern, caplog):
+        hub.commit(push.hub_model_id, "Create .gitignore", {".gitignore": pattern.encode()})
+        (push.output_dir / "run.log").write_text("x")
+        push.on_train_end()
+        assert (push.last_job.exception() is None) is (pattern == "*.log")
+        if pattern == "*.log":
+            assert_pushed(push)
+        else:
+            assert ".gitignore" in logged(caplog)[-1][1]
+
+    def test_a_name_that_is_no_text_is_left_out_with_a_warning(self, push, caplog):
+        pathlib.Path(os.fsdecode(os.fsencode(push.output_dir) + b"/caf\xe9.txt")).write_text("x")
+        push.on_train_end()
+        assert push.last_job.exception() is None
+        assert_pushed(push)
+        assert "caf" in " ".join(message for _, message in logged(caplog))
+
+    @each("end", ["\n", "\r\n", " "])
+    def test_a_token_read_from_a_file_with_its_line_break_works(self, model, tmp_path, repo, end):
+        push = PushToHubCallback(tmp_path / repo, hub_token=WRITE + end)
+        fit_in_order(model, callbacks=[push])
+        assert push.last_job.exception() is None
+
+    def test_training_in_a_thread_after_the_main_thread_tries_again(self, repo, tmp_path):
+        hub.add_fault("commit", 503)
+        code = f"""
+import pathlib, threading, test_keras_callbacks as tests
+push = tests.pushing(pathlib.Path({str(tmp_path)!r}), {repo!r}, save_strategy="no")
+tests.begin(push, tests.small_model(tests.FIRST))
+
+def end():
+    threading.main_thread().join()
+    push.on_train_end()
+
+threading.Thread(target=end).start()
+"""
+        children((code, {}))
+        assert hub.commits(f"user/{repo}") == ["End of training"]
+
+    def test_training_in_a_thread_saves_in_the_same_format(self, keras, tmp_path):
+        model, push = small_model(keras), pushing(tmp_path)
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            thread.submit(fit_in_order, model, callbacks=[push]).result()
+        assert_pushed(push, keras=keras, x=X)
+        assert keras in KERAS3 or zipfile.is_zipfile(push.output_dir / "model.keras")
+
+
+class TestLastStateWins:
+    def test_an_interrupted_final_upload_never_overtakes_a_newer_callback(
+            self, model, tmp_path, repo, monkeypatch, clock):
+        monkeypatch.setattr(kc, "FINAL_SECONDS", 1000.0)
+        waiting, let_go = threading.Event(), threading.Event()
+
+        def stand_still(event):
+            waiting.set()
+            while not (event.is_set() or let_go.is_set()):
+                event.wait(0.01)
+        clock.meanwhile = stand_still
+        old = pushing(tmp_path, repo, save_strategy="no")
+        hub.add_fault("commit", 503)
+        interrupt_once(waiting)
+        with pytest.raises(KeyboardInterrupt):
+            fit_in_order(model, callbacks=[old])
+        new = pushing(tmp_path, repo, save_strategy="no")
+        fit_in_order(model, callbacks=[new])
+        let_go.set()
+        concurrent.futures.wait([old.last_job], 60)
+        assert_pushed(new)
+
+    def test_uploads_of_two_callbacks_to_one_repository_never_overlap(self, model, tmp_path, repo):
+        one, two = pushing(tmp_path, repo), pushing(tmp_path, repo)
+        fault = hub.add_fault("lfs", "wait")
+        begin(one, model)
+        one.on_epoch_end(0, {})
+        assert fault.reached.wait(60)
+        once_training_waits(fault.release.set)
+        fit_in_order(model, callbacks=[two])  # waits for the older one at its end
+        one.last_job.exception(timeout=60)
+        assert_pushed(two)
+        assert commits(two) == ["Training in progress, epoch 0", "End of training"]
+
+    @each("stage", ["info", "preupload", "lfs", "commit"])
+    @each("name", [WEIGHTS, "README.md"])
+    def test_a_file_that_is_changed_in_place_is_never_committed_torn(self, tmp_path, stage, name):
+        model, push, fault = small_model(FIRST), pushing(tmp_path), hub.add_fault(stage, "wait")
+
+        def overwrite(epoch):
+            assert fault.reached.wait(60)
+            with (push.output_dir / name).open("r+b") as file:
+                file.seek(900)
+                file.write(b"torn" * 8)
+            fault.release.set()
+            push.last_job.exception(timeout=60)
+        fit_in_order(model, callbacks=[push, at_epoch_end(overwrite)])
+        for index in range(1, len(commits(push)) + 1):
+            assert b"torn" * 8 not in on_hub(index=index)[name]
+        assert_pushed(push)
+
+    def test_ctrl_c_in_the_wait_for_an_older_upload_leaves_nothing_behind(
+            self, push, model, caplog):
+        fault = hub.add_fault("lfs", "wait")
+        interrupt_once(fault.reached)
+        with pytest.raises(KeyboardInterrupt):
+            fit_in_order(model, callbacks=[push])
+        assert re.search(rf"final state(.|\n)*upload {push.hub_model_id} ", caplog.text)
+        fault.release.set()
+        push.last_job.exception(timeout=60)
+        assert not leftovers(push.output_dir)
+        fit_in_order(model, callbacks=[push])
+        assert_pushed(push)
+
+    def test_the_wait_for_an_older_upload_is_announced(self, push, model, capfd):
+        fault, said = hub.add_fault("lfs", "wait"), []
+        once_training_waits(lambda: (said.append(capfd.readouterr().out), fault.release.set()))
+        fit_in_order(model, verbose=2, callbacks=[push])
+        assert push.hub_model_id in said[0]
+
+
+class TestTimeLimits:
+    @pytest.fixture
+    def clock(self, monkeypatch, clock):
+        """The constants of the module as they are, and a Hub that is down until `up_at`."""
+        constants = {"FIRST_WAIT": 1, "BACKGROUND_SECONDS": 60, "FINAL_SECONDS": 300}
+        for name, value in constants.items():
+            monkeypatch.setattr(kc, name, float(value))
+        clock.up_at = math.inf
+        clock.meanwhile = lambda event: setattr(hub, "down", hub.down and clock.seconds < clock.up_at)
+        return clock
+
+    @each("when, up_at", [("final", 299.9), ("background", 59.9)])
+    def test_a_hub_that_comes_back_within_the_limit_gets_the_state(self, push, clock, when, up_at):
+        hub.down, clock.up_at = True, up_at
+        push.on_epoch_end(0, {}) if when == "background" else push.on_train_end()
+        assert push.last_job.exception(timeout=60) is None
+        assert up_at <= clock.seconds < {"final": 301, "background": 61}[when]
+        assert_pushed(push)
+
+    def test_a_limit_of_the_hubs_own_is_told_as_what_it_is(self, push, monkeypatch, caplog):
+        monkeypatch.setattr(kc, "FINAL_SECONDS", 1.0)
+        hub.add_fault("preupload", 429, times=1000, headers={"Retry-After": "1"})
+        push.on_train_end()
+        ((level, message),) = logged(caplog)
+        assert level == "ERROR" and "429" in message
+
+    def test_a_retry_after_is_honoured_where_the_client_waits_itself(self, push, monkeypatch):
+        monkeypatch.setattr(kc, "FINAL_SECONDS", 60.0)
+        hub.add_fault("preupload", 429, headers={"Retry-After": "5"})
+        asked_at, handle = [], hub.handle
+
+        def note(request):
+            asked_at.extend([time.monotonic()] if "/preupload/" in request.path else [])
+            handle(request)
+        monkeypatch.setattr(hub, "handle", note)
+        push.on_train_end()
+        assert push.last_job.exception() is None
+        assert asked_at[1] - asked_at[0] >= 5
+
+    @each("fault, error, match", [
+        (("create", 503, 2), None, None),
+        (("create", 403, 1000), huggingface_hub.utils.HfHubHTTPError, "403"),
+        (None, ConnectionError, re.escape(f"{HUB_URL or hub.url}")),
+    ], ids=["comes back", "refuses", "down"])
+    def test_a_repository_is_created_by_a_hub_that_comes_back_or_the_error_names_it(
+            self, tmp_path, clock, fault, error, match):
+        hub.down = fault is None
+        fault = fault and hub.add_fault(*fault)
+        with pytest.raises(error, match=match) if error else contextlib.nullcontext():
+            pushing(tmp_path)
+        assert ("user/model" in hub.repos) is (error is None)
+        assert (asked("create") == 1) is (match == "403")
+        assert clock.seconds == 0 if match == "403" else 1 < clock.seconds < 60
+
+
+def unsaveable(keras, kind, has_turned=lambda: True):
+    """A model a part of which refuses to be saved, or does so once it has turned."""
+
+    class Stubborn(keras.layers.Layer):
+        def call(self, inputs):
+            return inputs
+
+        def get_config(self):
+            if has_turned():
+                raise NotImplementedError("no config of mine")
+            return super().get_config()
+
+    class Holding(Stubborn):
+        def get_config(self):
+            return {"thing": threading.Lock()}
+
+    class Rate(keras.optimizers.schedules.LearningRateSchedule):
+        def __call__(self, step):
+            return 0.1
+
+    class StubbornLoss(keras.losses.Loss):
+        def call(self, labels, predictions):
+            return keras.losses.sparse_categorical_crossentropy(labels, predictions)
+
+        get_config = raising(NotImplementedError("no config of mine"))
+    layer = {"layer": Stubborn, "thing": Holding}.get(kind, keras.layers.Flatten)()
+    dense = keras.layers.Dense(3, activation="softmax")
+    model = keras.Sequential([keras.layers.Input((4,)), layer, dense])
+    optimizer = keras.optimizers.Adam(Rate() if kind == "schedule" else 0.1)
+    model.compile(optimizer, StubbornLoss() if kind == "loss" else LOSS)
+    return model
+
+
+class TestWhatCannotBeSaved:
+    @BOTH
+    @each("kind", ["layer", "thing", "schedule", "loss"])
+    def test_is_refused_before_the_first_batch(self, keras, tmp_path, kind, strategy):
+        batches, push = [], pushing(tmp_path, save_strategy=strategy)
+        count = keras.callbacks.LambdaCallback(on_train_batch_end=lambda n, logs: batches.append(n))
+        with pytest.raises(RuntimeError, match="(?i)config|serial|lock"):
+            fit_in_order(unsaveable(keras, kind), callbacks=[count, push])
+        assert batches == [] and contents(push.output_dir) == {}
+
+    def test_the_weights_are_rescued_when_the_last_save_fails(self, keras, tmp_path):
+        turned = []
+        model, other = (unsaveable(keras, "layer", lambda: turned) for _ in range(2))
+        turn, push = at_epoch_end(turned.append, keras), pushing(tmp_path, save_strategy="no")
+        with pytest.raises(RuntimeError, match="rescued_weights.npz") as raised:
+            fit_in_order(model, epochs=2, callbacks=[turn, push])
+        path = push.output_dir / "rescued_weights.npz"
+        assert str(path) in str(raised.value)
+        with np.load(path) as arrays:
+            other.set_weights(list(arrays.values()))
+        assert_equal(other.get_weights(), model.get_weights())
 
 
 class TestSlowUploads:
@@ -2302,6 +3435,199 @@ class TestTransformers:
         assert_resumes(make, tmp_path, fit)
 
 
+def tiny_blip(name):
+    """A small BLIP of random weights, which describes images or answers questions about them."""
+    import transformers
+    from tf_keras.utils import set_random_seed
+
+    both = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    text = dict(both, vocab_size=40, encoder_hidden_size=16, max_position_embeddings=32)
+    text |= dict(bos_token_id=1, eos_token_id=2, sep_token_id=2, pad_token_id=0)
+    image = dict(both, image_size=8, patch_size=4, num_channels=3)
+    sizes = dict(projection_dim=16, image_text_hidden_size=16)
+    set_random_seed(11)
+    model = getattr(transformers, name)(transformers.BlipConfig(text, image, **sizes))
+    model.build_in_name_scope()
+    rng = np.random.default_rng(6)
+    model.set_weights([rng.normal(size=weight.shape, scale=0.8) for weight in model.get_weights()])
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:The initializer .* is unseeded and being called:UserWarning")
+class TestTransformersQuestions:
+    """Against `generate` of one example at a time, called by name and eagerly."""
+
+    __test__ = has("transformers", "tf_keras")
+
+    T5, GPT2 = "TFT5ForConditionalGeneration", "TFGPT2LMHeadModel"
+    ENDS = list(range(3, 40, 4))  # many tokens end a sequence, so that the lengths differ
+    OPTIONS = {"max_new_tokens": 8, "eos_token_id": ENDS}
+
+    @staticmethod
+    def generated(model, data, options=OPTIONS, **more):
+        return evaluate(model, data, predict_with_generate=True, generate_kwargs=options, **more)
+
+    @staticmethod
+    def expected(model, batches, options=OPTIONS):
+        return padded([model.generate(**x, **options).numpy()[0] for x in one_by_one(batches)], 0)
+
+    @staticmethod
+    def masked_batches():
+        """Batches in which the mask alone tells what is no text; from 0 transformers guesses it."""
+        batches = token_batches()
+        for x in batches:
+            x["input_ids"] = np.where(x["attention_mask"], x["input_ids"], 9)
+        return batches
+
+    @staticmethod
+    def images_with_text():
+        images = feature_batches("pixel_values", 3, 8, 8)
+        return [{**text, **image} for text, image in zip(token_batches(), images)]
+
+    @each("label_cols", [None, ["input_ids", "attention_mask"], "input_ids"])
+    def test_the_usual_pair_of_two_tokenizer_outputs_keeps_the_mask(self, label_cols):
+        model, batches = tiny(self.T5), self.masked_batches()
+        answers = [{name: column[:, :2] for name, column in x.items()} for x in batches]
+        data = as_pipeline(list(zip(batches, answers)))
+        predictions, labels = self.generated(model, data, label_cols=label_cols)
+        np.testing.assert_array_equal(predictions, self.expected(model, batches))
+        labels = labels if label_cols == "input_ids" else labels["input_ids"]
+        np.testing.assert_array_equal(labels, np.concatenate([x["input_ids"] for x in answers]))
+
+    def test_inputs_in_a_tuple_go_by_the_names_of_call_and_with_the_labels(self):
+        model, batches = tiny(self.T5), with_labels(self.masked_batches(), 40)
+        rows = [model(**x).logits.numpy()[0] for x in one_by_one(batches)]
+        data = as_pipeline([((x["input_ids"], x["attention_mask"]), x["labels"]) for x in batches])
+        expected = self.expected(model, [without_labels(x) for x in batches])
+        np.testing.assert_array_equal(self.generated(model, data).predictions, expected)
+        predictions, _ = evaluate(model, data, output_cols=["logits"])
+        np.testing.assert_allclose(predictions, padded(rows, -100), atol=1e-4)
+
+    @each("answer", ["labels", "labels with -100", "pair", "label_cols"])
+    def test_the_reference_of_a_caption_is_no_prompt_and_its_mask_goes_with_it(self, answer):
+        model, batches = tiny_blip("TFBlipForConditionalGeneration"), self.images_with_text()
+        images, options = feature_batches("pixel_values", 3, 8, 8), {"max_new_tokens": 4}
+        expected = self.expected(model, images, options)
+        for x in batches if answer != "label_cols" else []:
+            fill = 0 if answer == "labels" else -100
+            x["labels"] = np.where(x["attention_mask"], x["input_ids"], fill)
+        data = as_pipeline(labels_apart(batches) if answer == "pair" else batches)
+        label_cols = "input_ids" if answer == "label_cols" else None
+        received = self.generated(model, data, options, label_cols=label_cols)
+        np.testing.assert_array_equal(received.predictions, expected)
+
+    @each("name", ["ConditionalGeneration", "QuestionAnswering"])
+    def test_a_question_about_an_image_stays(self, name):
+        model, batches = tiny_blip(f"TFBlipFor{name}"), self.images_with_text()
+        options = {"max_new_tokens": 4}
+        expected = self.expected(model, batches, options)
+        received = self.generated(model, as_pipeline(with_labels(batches, 40)), options)
+        np.testing.assert_array_equal(received.predictions, expected)
+
+    @each("name", [T5, GPT2])
+    def test_the_main_input_stays_although_it_equals_the_labels(self, name):
+        model, batches = tiny(name), token_batches("left")
+        data = as_pipeline([{**x, "labels": x["input_ids"]} for x in batches])
+        received = self.generated(model, data).predictions
+        np.testing.assert_array_equal(received, self.expected(model, batches))
+
+    @each("output_cols", ["logits", "sequences"])
+    def test_output_cols_choose_among_names_and_else_have_no_effect(self, output_cols):
+        model, batches = tiny(self.T5), token_batches()
+        names = {"return_dict_in_generate": True, "output_scores": True}
+        options = {**self.OPTIONS, **(names if output_cols == "sequences" else {})}
+        data = as_pipeline([(x, x["input_ids"]) for x in batches])
+        received = self.generated(model, data, options, output_cols=output_cols)
+        np.testing.assert_array_equal(received.predictions, self.expected(model, batches))
+
+    STOPS = {"eos_token_id": [18, 22]}  # one ends its sequence before others of its batch do
+    PADDING = {  # generate_kwargs, what the model's own generation config says, the padding
+        "nothing but an end": ({}, {}, 30),
+        "ends": (STOPS, {}, 18),
+        "ends of the model": ({}, STOPS, 18),
+        "padding of the model": (STOPS, {"pad_token_id": 6}, 6),
+        "a config given": ({"generation_config": STOPS}, {"pad_token_id": 6}, 18),
+        "padding of one given": ({"generation_config": {**STOPS, "pad_token_id": 8}}, {}, 8),
+        "both": ({"generation_config": {**STOPS, "pad_token_id": 8}, "pad_token_id": 9}, {}, 9),
+    }
+
+    @each("options, own, padding", PADDING.values(), ids=PADDING)
+    def test_generated_tokens_are_padded_with_what_generate_pads_with(self, options, own, padding):
+        import transformers
+        model = tiny(self.GPT2, pad_token_id=None, eos_token_id=30)  # as the stock GPT2
+        model.generation_config.update(**own)
+        batches, options = token_batches("left"), {"max_new_tokens": 8, **options}
+        if "generation_config" in options:
+            config = transformers.GenerationConfig(**options["generation_config"])
+            options["generation_config"] = config
+        rows = [row for x in batches for row in model.generate(**x, **options).numpy()]
+        data = as_pipeline([{**x, "labels": x["input_ids"]} for x in batches])
+        received = self.generated(model, data, options).predictions
+        np.testing.assert_array_equal(received, padded(rows, padding))
+        assert [row[-1] for row in rows].count(padding) > 1  # generate itself has padded with it
+
+    def test_beam_indices_are_no_tokens(self):
+        model, batches = tiny(self.T5), token_batches()
+        options = dict(self.OPTIONS, num_beams=2, early_stopping=True, output_scores=True)
+        options["return_dict_in_generate"] = True
+        outputs = [model.generate(**x, **options) for x in batches]
+        data = as_pipeline([{**x, "labels": x["input_ids"]} for x in batches])
+        received = self.generated(model, data, options).predictions
+        for name, padding in {"sequences": 0, "beam_indices": -100}.items():
+            rows = [row for output in outputs for row in output[name].numpy()]
+            np.testing.assert_array_equal(received[name], padded(rows, padding))
+            assert len(set(map(len, rows))) > 1
+
+    @each("change", ["generate_kwargs", "given config", "own config", "embeddings"])
+    def test_xla_generation_follows_what_changes_between_two_epochs(self, change):
+        import transformers
+        model, batch, received = tiny(self.GPT2), token_batches("left")[0], []
+        model.generation_config.max_new_tokens = 3
+        config = transformers.GenerationConfig(max_new_tokens=3, pad_token_id=0, eos_token_id=2)
+        options = {"generate_kwargs": {"max_new_tokens": 3}}
+        options["given config"] = {"generation_config": config}
+        own = {"predict_with_generate": True, "generate_kwargs": options.get(change)}
+        data = as_pipeline([{**batch, "labels": batch["input_ids"]}])
+        callback = measuring(received, data, batch_size=None, use_xla_generation=True, **own)
+        begin(callback, model)
+        for epoch in range(2):
+            callback.on_epoch_end(epoch, {})
+            expected = model.generate(**batch, **callback.generate_kwargs)
+            np.testing.assert_array_equal(received[epoch].predictions, expected)
+            if change == "embeddings":
+                model.resize_token_embeddings(50)
+                model.set_weights([weight[..., ::-1] for weight in model.get_weights()])
+            elif change == "generate_kwargs":
+                callback.generate_kwargs["max_new_tokens"] = 5
+            config.max_new_tokens = 5
+            model.generation_config.max_new_tokens = 5 if change == "own config" else 3
+        assert not np.array_equal(*(pair.predictions for pair in received))
+
+    def test_the_code_of_the_card_loads_a_subclass_of_ones_own(self, tmp_path, monkeypatch):
+        import transformers
+
+        class OwnBert(transformers.TFBertForSequenceClassification):
+            pass
+        monkeypatch.setattr(transformers, "TFBertOwn", OwnBert, raising=False)  # where `tiny` looks
+        model, push, ids = tiny("TFBertOwn"), pushing(tmp_path), np.array([[3, 4, 5]])
+        begin(push, model)
+        push.on_train_end()
+        loaded = run_loading_code(push, monkeypatch, OwnBert=OwnBert)
+        assert_equal(loaded(ids).logits, model(ids).logits)
+
+    def test_settings_that_cannot_be_saved_are_refused_before_the_first_batch(self, tmp_path):
+        import tf_keras
+        model, batches = tiny(self.GPT2), []
+        model.generation_config.temperature = 0.5  # only with do_sample, says save_pretrained
+        model.compile("adam", jit_compile=False)
+        note = lambda n, logs: batches.append(n)
+        count = tf_keras.callbacks.LambdaCallback(on_train_batch_end=note)
+        push, ids = pushing(tmp_path, save_strategy="no"), np.array([[3, 4, 5]] * 4)
+        with pytest.raises(RuntimeError, match="temperature"):
+            model.fit({"input_ids": ids, "labels": ids}, verbose=0, callbacks=[count, push])
+        assert batches == []
+
+
 def train_recorded(keras, folder, name, scope=contextlib.nullcontext, callbacks=(), **options):
     """Trains for up to five epochs; writes what metric_fn received and the losses to `folder`."""
     received, data = [], tf.data.Dataset.from_tensor_slices((X, Y))
@@ -2414,6 +3740,48 @@ class TestJax:
             assert_measured_as_loaded(folder, loaded)
         assert [list((folder / "out").iterdir()) for folder in folders[1:]] == [[]] * (processes - 1)
         assert len(hub.commits("user/parallel")) == asked("commit")
+
+
+class TestJaxAsPredict:
+    """What Keras' own fit and predict take on JAX."""
+
+    __test__ = BACKEND == "jax"
+
+    def test_sparse_inputs(self, keras):
+        model, dense = small_model(keras), np.where(X > 0.5, X, 0)
+        received = after_fit(model, in_batches(tf.sparse.from_dense(dense), Y)).predictions
+        np.testing.assert_allclose(received, by_numpy(model, dense), rtol=1e-5, atol=1e-6)
+
+    def test_ragged_inputs_are_padded_with_0(self, keras):
+        layers = keras.layers.Embedding(12, 2), keras.layers.GlobalAveragePooling1D()
+        model = keras.Sequential([*layers, keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+        rows = tf.ragged.constant([[1, 2, 3], [4], [5, 6], [7, 8, 9, 10], [11]])
+        assert_as_predict(model, in_batches(rows, np.ones((5, 1)), size=2))
+
+    @each("generates", [False, True], ids=["predict", "generate"])
+    def test_none_among_the_inputs(self, keras, generates):
+        def of_both(self, inputs):
+            return inputs["a"] * 2 if inputs["b"] is None else inputs["b"]
+        model = own_model(keras, call=of_both, generate=of_both)
+        data = in_batches(X, X).map(lambda x, y: ({"a": x, "b": None}, y))
+        received = after_fit(model, data, predict_with_generate=generates)
+        np.testing.assert_array_equal(received.predictions, X * 2)
+
+    def test_a_predict_step_gets_the_whole_element(self, keras):
+        def predict_step(self, state, data):
+            outputs, state = keras.Model.predict_step(self, state, data)
+            return outputs + data[1], state
+        model = own_model(keras, predict_step=predict_step)
+        assert_as_predict(model, in_batches(X, TARGETS))
+
+    def test_a_column_that_serves_as_label_stays_an_input(self, keras):
+        model = own_model(keras, call=lambda self, inputs: inputs["x"] + inputs["label"])
+        data = in_batches({"x": X, "label": X * 2}, X)
+        for label_cols in (None, "label"):
+            received = after_fit(model, data, label_cols=label_cols)
+            np.testing.assert_array_equal(received.predictions, X + X * 2)
+            np.testing.assert_array_equal(received.labels, X * 2 if label_cols else X)
 
 
 @pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer:UserWarning")
@@ -2530,6 +3898,52 @@ class TestKerasHub:
         options = dict(batch_size=3, shuffle=False, verbose=0)
         fit = lambda model, **more: model.fit(tokens, Y[:7], **options, **more)
         assert_resumes(make, tmp_path, fit)
+
+    def test_a_detector_is_measured_in_fit(self):
+        import keras_hub
+        from keras_hub import models
+        image = (32, 32, 3)
+        convolutions = [64], [3], [64] * 3, [1] * 3, [1, 2, 2], "basic_block"
+        encoder = models.ResNetBackbone(*convolutions, image_shape=image)
+        backbone = models.RetinaNetBackbone(encoder, 3, 4, use_p5=False, image_shape=image)
+        converter = keras_hub.layers.RetinaNetImageConverter(image[:2], bounding_box_format="yxyx")
+        preprocessor = models.RetinaNetObjectDetectorPreprocessor(converter)
+        model = models.RetinaNetObjectDetector(backbone, 3, preprocessor=preprocessor)
+        model.compile("sgd", jit_compile=False)
+        images = RNG.uniform(0, 255, (4, *image)).astype("float32")
+        boxes = np.tile(np.float32([[2, 2, 12, 12]]), (4, 1, 1))
+        labels = {"boxes": boxes, "labels": np.ones((4, 1), "float32")}
+        data = tf.data.Dataset.from_tensor_slices((images, labels)).batch(2, drop_remainder=True)
+        assert_close(assert_as_predict(model, data).labels, labels)
+
+    @each("as_labels", [False, True], ids=["one dict", "two dicts"])
+    def test_an_encoder_decoder_generates_from_the_texts_of_its_encoder_alone(self, as_labels):
+        model, answers = self.task("Bart"), {"decoder_text": self.TEXTS[::-1]}
+        columns = {"encoder_text": self.TEXTS, **answers}
+        data = in_batches(columns, *([answers] if as_labels else []), size=3)
+        predictions, labels = evaluate(model, data, label_cols="decoder_text", **self.GENERATE)
+        assert predictions.tolist() == [model.generate(text, max_length=9) for text in self.TEXTS]
+        assert labels.tolist() == self.TEXTS[::-1]
+
+    def test_an_encoder_decoder_predicts_from_both_texts(self):
+        model = self.task("Bart")
+        data = in_batches({"encoder_text": self.TEXTS, "decoder_text": self.TEXTS[::-1]}, size=3)
+        received = evaluate(model, data, label_cols="decoder_text").predictions
+        np.testing.assert_allclose(received, model.predict(data, verbose=0), rtol=1e-4, atol=1e-4)
+
+    def test_the_code_of_the_card_loads_a_subclass_of_ones_own(self, tmp_path, monkeypatch):
+        import keras
+        import keras_hub
+
+        @keras.saving.register_keras_serializable("tests")
+        class OwnClassifier(keras_hub.models.BertTextClassifier):
+            pass
+        parts, push, texts = self.task("Bert"), pushing(tmp_path), np.array(self.TEXTS)
+        model = OwnClassifier(parts.backbone, preprocessor=parts.preprocessor, num_classes=3)
+        begin(push, model)
+        push.on_train_end()
+        loaded = run_loading_code(push, monkeypatch, OwnClassifier=OwnClassifier)
+        assert_equal(loaded.predict(texts, verbose=0), model.predict(texts, verbose=0))
 
 
 class TestLegacySwitch:
