@@ -1035,6 +1035,7 @@ def assert_as_predict(model, data, **options):
     return received
 
 
+@ON_TF
 class TestAsPredict:
     """What users' code gets and gives is what it does in Keras' own predict of the data set."""
 
@@ -1043,7 +1044,6 @@ class TestAsPredict:
         x, y, *weights = data
         return self(x) + y * (1 + len(weights))
 
-    @ON_TF
     @each("weights", [[], [np.ones(22, "float32")]], ids=["pair", "weighted"])
     @each("options", [{}, {"run_eagerly": True}, {"steps_per_execution": 3}])
     def test_a_predict_step_gets_the_whole_element(self, keras, options, weights):
@@ -1052,7 +1052,6 @@ class TestAsPredict:
         received = assert_as_predict(model, in_batches(X, TARGETS, *weights))
         np.testing.assert_array_equal(received.labels, TARGETS)
 
-    @ON_TF
     @each("where", ["class", "instance"])
     @each("method", ["predict_step", "make_predict_function", "predict", "predict_on_batch"])
     def test_every_point_of_override_counts_as_it_does_in_predict(self, keras, method, where):
@@ -1073,7 +1072,6 @@ class TestAsPredict:
             setattr(model, method, types.MethodType(function, model))
         assert_as_predict(model, in_batches(X, TARGETS))
 
-    @ON_TF
     def test_a_predict_step_has_its_replica_context(self, keras):
         def predict_step(self, data):
             assert tf.distribute.has_strategy()
@@ -1083,7 +1081,6 @@ class TestAsPredict:
             model = own_model(keras, predict_step=predict_step)
         assert_as_predict(model, in_batches(X, TARGETS))
 
-    @ON_TF
     def test_a_gan_without_call(self, keras):
         def generate_fakes(self, images):
             fakes = self.dense(tf.ones_like(images))
@@ -1096,7 +1093,6 @@ class TestAsPredict:
         "predict_step": lambda self, data: self({"a": data[0]["a"]}) * data[0]["extra"],
     }
 
-    @ON_TF
     @each("method", OVERRIDES)
     def test_a_functional_model_with_a_method_of_its_own_gets_all_columns(self, keras, method):
         a = keras.layers.Input((4,), name="a")
@@ -1175,10 +1171,9 @@ class TestQuestions:
 
     @each("label_cols", [None, "ids"])
     def test_labels_with_the_names_of_the_question_take_nothing_away(self, keras, label_cols):
-        both = lambda self, inputs: inputs["ids"] * inputs["mask"]
-        model = own_model(keras, call=both, generate=both)
-        data = in_batches(self.QUESTION, {**self.QUESTION, "ids": X + 1})
-        received = after_fit(model, data, label_cols=label_cols, **self.GENERATE)
+        generate = lambda self, inputs: inputs["ids"] * inputs["mask"]
+        data = self.QUESTION, {**self.QUESTION, "ids": X + 1}
+        received = self.generated(keras, generate, *data, label_cols=label_cols)
         np.testing.assert_array_equal(received.predictions, self.IDS * self.MASK)
         labels = received.labels if label_cols else received.labels["ids"]
         np.testing.assert_array_equal(labels, X + 1)
@@ -3726,6 +3721,14 @@ class TestJaxAsPredict:
             return outputs + data[1], state
         model = own_model(keras, predict_step=predict_step)
         assert_as_predict(model, in_batches(X, TARGETS))
+
+    def test_a_column_that_serves_as_label_stays_an_input(self, keras):
+        model = own_model(keras, call=lambda self, inputs: inputs["x"] + inputs["label"])
+        data = in_batches({"x": X, "label": X * 2}, X)
+        for label_cols in (None, "label"):
+            received = after_fit(model, data, label_cols=label_cols)
+            np.testing.assert_array_equal(received.predictions, X + X * 2)
+            np.testing.assert_array_equal(received.labels, X * 2 if label_cols else X)
 
 
 @pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer:UserWarning")
