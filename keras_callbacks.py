@@ -182,7 +182,8 @@ class KerasMetricCallback(_AnyKerasCallback):
         self.use_xla_generation = use_xla_generation
         self.generate_kwargs = dict(generate_kwargs or {})
         self._replaced: set[str] = set()  # names in the logs that were warned of
-        self._made_from: tuple[list[Any], str] | None = None
+        self._made_from: list[Any] = []
+        self._settings = ""
         self._compiled: Callable[..., Any] | None = None
         self._main_input: str | None = None
 
@@ -211,6 +212,7 @@ class KerasMetricCallback(_AnyKerasCallback):
                     _check_batched(targets)
                 predictions.append(_to_numpy(run(element)))
                 labels.append(_to_numpy(targets))
+        self._settings = _generation_settings(self)  # Whisper's `generate` changes some itself
         if not predictions:
             raise ValueError("eval_dataset must give at least one batch, but it gave none.")
         token = _pad_token(self) if self.predict_with_generate else PADDING
@@ -233,13 +235,10 @@ class KerasMetricCallback(_AnyKerasCallback):
             model.make_predict_function()
         parts = [model, model.predict_function, model.run_eagerly, uses_predict]
         parts += _variables_in(model)
-        settings = _generation_settings(self) if self.predict_with_generate else ""
-        if self._made_from is not None:
-            earlier, earlier_settings = self._made_from
-            is_same = len(earlier) == len(parts) and all(map(operator.is_, earlier, parts))
-            if is_same and settings == earlier_settings:
-                return
-        self._made_from = parts, settings
+        is_same = len(self._made_from) == len(parts) and all(map(operator.is_, self._made_from, parts))
+        if is_same and self._settings == _generation_settings(self):
+            return
+        self._made_from = parts
         if self.predict_with_generate:
             generate = functools.partial(model.generate, **self.generate_kwargs)
             use_xla = self.use_xla_generation and _is_transformers(model)
@@ -896,6 +895,8 @@ def _generation_setting(metric: KerasMetricCallback, name: str) -> Any:
 
 def _generation_settings(metric: KerasMetricCallback) -> str:
     """Returns all settings of generation in one text that changes when one of them does."""
+    if not metric.predict_with_generate:
+        return ""
 
     def plain(value: Any) -> Any:
         value = value.to_dict() if hasattr(value, "to_dict") else value
@@ -1437,7 +1438,12 @@ def _reading(file: Path) -> Iterator[None]:
 
 def _match(names: dict[str, list[str]], group: str, variables: list[Any]) -> list[str]:
     """Returns the key of each variable's array: by names where these are unique, or in order."""
-    stored, here = names.get(group, []), [_name_of(variable) for variable in variables]
+
+    def plain(name: str) -> str:  # without the name of the optimizer, which may be adam_1 now
+        return name if group == "model" else name.partition("/")[2] or name
+
+    stored = [plain(name) for name in names.get(group, [])]
+    here = [plain(_name_of(variable)) for variable in variables]
     if len(set(here)) == len(here) and sorted(stored) == sorted(here):
         return [f"{group}.{stored.index(name)}" for name in here]
     return [f"{group}.{n}" for n in range(len(variables))]
@@ -1465,6 +1471,9 @@ def _build_optimizer(model: Any, optimizer: Any, places: Any, sources: list[str]
         by_source = dict(zip(sources, _variables_of(model)["model"]))
         keys = [f"model.{place}" for place in places]
         variables = [by_source[key] for key in keys if key in by_source]
+    if not _is_tensorflow(model):  # Keras pairs gradients by position there, in the model's order
+        order = {id(variable): n for n, variable in enumerate(model.trainable_variables)}
+        variables = sorted(variables, key=lambda variable: order.get(id(variable), len(order)))
     build = getattr(optimizer, "build", None) or optimizer._create_all_weights  # of legacy ones
     with _strategy_of(model).scope():
         build(variables)
