@@ -254,7 +254,7 @@ class KerasMetricCallback(_AnyKerasCallback):
 
     def _predict_batch(self, element: Any) -> Any:
         """Returns the outputs for one batch that Keras' own `predict` would give."""
-        model, element = self.model, _choose_columns(self.model, element, self.label_cols)
+        model, element = self.model, _choose_columns(self.model, element)
         inputs = _split(element)[0]
         if self._compiled is not None:  # a tuple around a single tensor costs 6%
             outputs = self._compiled((inputs,) if isinstance(inputs, tuple) else inputs)
@@ -642,7 +642,7 @@ def _pick(columns: Mapping[str, Any], names: list[str]) -> Any:
     return {name: columns[name] for name in names} or None
 
 
-def _choose_columns(model: Any, element: Any, label_cols: list[str] | None) -> Any:
+def _choose_columns(model: Any, element: Any) -> Any:
     """Returns the element with those of its input columns that the model takes.
 
     All of them, as in `fit`, but for two kinds of models. One of transformers takes columns by name.
@@ -663,13 +663,10 @@ def _choose_columns(model: Any, element: Any, label_cols: list[str] | None) -> A
             inputs = {**named, "labels": answer}
     elif _is_functional(model) and isinstance(inputs, Mapping):
         symbolic = getattr(model, "input", None)  # a tensor, or a nesting of them
-        if isinstance(symbolic, Mapping):
-            names = list(symbolic)
-        else:
-            names = [tensor.name for tensor in tf.nest.flatten(symbolic) if tensor is not None]
-        if not names or not inputs.keys() >= set(names):
-            names = [name for name in inputs if name not in (label_cols or [])]
-        inputs = {name: inputs[name] for name in names}
+        names = [tensor.name for tensor in getattr(model, "inputs", None) or []]
+        names = list(symbolic) if isinstance(symbolic, Mapping) else names
+        if names and inputs.keys() >= set(names):  # else Keras says which are missing
+            inputs = {name: inputs[name] for name in names}
     return (inputs, *element[1:]) if isinstance(element, tuple) else inputs
 
 

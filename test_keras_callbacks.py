@@ -627,6 +627,10 @@ class TestMetricFn:
         with pytest.raises(TypeError, match="must return a dict.*" + shown):
             evaluate(small_model(FIRST), (X, Y), lambda p, l: result, batch_size=8)
 
+    def test_a_name_that_is_no_text_is_refused(self):
+        with pytest.raises(TypeError, match="0.5 for 1"):
+            evaluate(small_model(FIRST), (X, Y), lambda p, l: {1: 0.5}, batch_size=8)
+
     def test_values_become_plain_numbers(self):
         values = {"a": np.float32(0.5), "b": np.array(3), "c": tf.constant(0.25), "f": 7}
         values |= {"d": np.bool_(True), "e": tf.constant(0.5, tf.bfloat16), "g": float("inf")}
@@ -797,6 +801,12 @@ class TestLabelColumns:
         received = evaluate(model, data, batch_size=8)
         np.testing.assert_allclose(received.predictions, predictions, rtol=1e-6)
         np.testing.assert_array_equal(received.labels, labels)
+
+    @pytest.mark.filterwarnings("ignore:The structure of `inputs` doesn't match:UserWarning")
+    def test_a_sequential_model_gets_the_column_of_its_input(self, keras):
+        layers = [keras.layers.Input((4,), name="x"), keras.layers.Rescaling(2.0)]
+        received = evaluate(keras.Sequential(layers), {"x": X, "labels": -X}, batch_size=8)
+        assert_equal(received.predictions, X * 2)
 
 
 class TestPredictions:
@@ -1177,6 +1187,11 @@ class TestQuestions:
         np.testing.assert_array_equal(received.predictions, self.IDS * self.MASK)
         labels = received.labels if label_cols else received.labels["ids"]
         np.testing.assert_array_equal(labels, X + 1)
+
+    def test_label_cols_are_no_part_of_the_question(self, keras):
+        model = own_model(keras, generate=lambda self, x: x["ids"] + x.get("answer", 0))
+        data, options = {"ids": X, "answer": X * 2}, {"label_cols": "answer", **self.GENERATE}
+        assert_equal(evaluate(model, data, batch_size=8, **options).predictions, X)
 
     def test_generate_kwargs_may_hold_anything(self, keras):
         generate = lambda self, x, bias: x + bias[1, 2] + bias["a"]
@@ -3512,6 +3527,20 @@ class TestTransformersQuestions:
         received = self.generated(model, data, options).predictions
         np.testing.assert_array_equal(received, padded(rows, padding))
         assert [row[-1] for row in rows].count(padding) > 1  # generate itself has padded with it
+
+    @each("inputs, options, match", [
+        ((np.zeros((2, 3), "i8"),) * 40, {}, "give them as a dict"),
+        ({"attention_mask": np.ones((2, 3), "i8")}, {}, "'input_ids'"),
+        (np.zeros((2, 3), "i8"), {"output_cols": ["nosuch"]}, "nosuch"),
+    ], ids=["too many", "no question", "no such output"])
+    def test_what_generate_cannot_do_is_refused_before_the_first_epoch(self, inputs, options, match):
+        settings = {"return_dict_in_generate": True}
+        metric = KerasMetricCallback(
+            dict, (inputs, np.zeros(2)), batch_size=2, predict_with_generate=True,
+            generate_kwargs=settings, **options,
+        )
+        with pytest.raises(ValueError, match=match):
+            begin(metric, tiny(self.T5))
 
     def test_beam_indices_are_no_tokens(self):
         model, batches = tiny(self.T5), token_batches()
