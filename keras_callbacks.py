@@ -1269,8 +1269,9 @@ def _optimizers_of(model: Any) -> dict[str, Any]:
             visit(f"{name}.optimizer", getattr(value, "optimizer", None))
 
     visit("optimizer", getattr(model, "optimizer", None))
-    for name, value in vars(model).items():
-        if not name.startswith("_"):  # what Keras and TensorFlow keep for themselves
+    attributes = sorted(vars(model).items(), key=lambda item: item[0].startswith("_"))
+    for name, value in attributes:  # the public ones first: Keras keeps some again in private ones
+        if not name.startswith("_self_"):  # TensorFlow's own
             visit(name, value)
     return found
 

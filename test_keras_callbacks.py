@@ -1740,6 +1740,8 @@ def apart(keras, kind):
             self.right = keras.Sequential([keras.layers.Input((4,)), keras.layers.Dense(3)])
             if kind in ("GAN", "GAN without a default"):
                 self.g, self.d = g, d
+            elif kind == "GAN of private names":
+                self._g, self._d = g, d
             elif kind.startswith("GAN"):
                 self.both = {"g": g, "d": [d] if "list" in kind else d}
 
@@ -1771,7 +1773,8 @@ def apart(keras, kind):
 
 
 class TestResuming:
-    KINDS = ["GAN", "GAN without a default", "GAN of a dict", "GAN of a list in a dict"]
+    KINDS = ["GAN", "GAN without a default", "GAN of private names", "GAN of a dict"]
+    KINDS += ["GAN of a list in a dict"]
 
     @ON_TF
     @each("kind", [*KINDS, "a part", "no call"])
