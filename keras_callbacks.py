@@ -63,10 +63,10 @@ Row = dict[str, "int | float"]  # the logs of one epoch
 PADDING = -100  # what collators pad labels with, and what losses ignore
 FIRST_WAIT = 1.0  # seconds before the second attempt; doubles with each further one
 LONGEST_WAIT = 30.0  # seconds between two attempts, unless the Hub asks for more
-CREATION_SECONDS = 10.0  # how long after its first failure each of these is attempted again:
+CREATION_SECONDS = 10.0  # for how long after the first failure each of these is attempted again:
 BACKGROUND_SECONDS = 60.0  # a push while training goes on,
 FINAL_SECONDS = 300.0  # the push of the final state
-ATTEMPT_SECONDS = 300.0  # how long one attempt may take, besides the time for its bytes:
+ATTEMPT_SECONDS = 300.0  # how long one attempt may take, plus the time for its bytes:
 SLOWEST_LINK = 100_000  # bytes a second
 HALF_PRECISION = (np.dtype(np.float16), np.dtype(tf.bfloat16.as_numpy_dtype))
 CARD = "README.md"
@@ -75,9 +75,9 @@ CHECKPOINT = ("checkpoint/state.npz", "checkpoint/state.json")
 STALE_CHECKPOINT = "checkpoint/stale.json"
 PRIVATE = ".keras_callbacks-"  # how the private folders of saves begin
 NEVER_PUSHED = """
-    .* *.env *.pem *.key *.p12 *.pfx id_rsa* id_ed25519* credentials* client_secret* kaggle.json
-    token token.txt stored_tokens _netrc
-""".split()  # hidden files and what may hold a secret, in output_dir and in all folders below
+    .* *.env *.pem *.key *.p12 *.pfx *.ppk id_rsa* id_dsa* id_ecdsa* id_ed25519* credentials*
+    client_secret* kaggle.json token token.txt stored_tokens _netrc
+""".split()  # hidden files and files that may hold a secret, at any depth of output_dir
 
 
 class IntervalStrategy(str, enum.Enum):
@@ -98,7 +98,7 @@ class EvalPrediction(NamedTuple):
 class _AnyKerasCallback(tf.keras.callbacks.Callback):  # type: ignore[misc]
     """A callback for the `fit` of Keras 3 and of tf_keras, whichever of them `tf.keras` is."""
 
-    # tf_keras asks each callback these three questions; the Callback of Keras 3 lacks them.
+    # tf_keras calls these three methods of each callback; the Callback of Keras 3 lacks them.
     def _implements_train_batch_hooks(self) -> bool:
         return False
 
@@ -248,7 +248,7 @@ class KerasMetricCallback(_AnyKerasCallback):
             self._compiled = None
         else:
             # A bare step takes 0.5 ms a batch, `predict` 4 to 6. It is not wrapped in a function of
-            # ours, which AutoGraph cannot transform on Python 3.13, and says so.
+            # ours: on Python 3.13 AutoGraph cannot transform one, and warns.
             step = model.predict_step
             self._compiled = step if model.run_eagerly else tf.function(step, reduce_retracing=True)
 
@@ -286,7 +286,7 @@ class PushToHubCallback(_AnyKerasCallback):
     """Saves the model while it trains and pushes each save to the Hugging Face Hub.
 
     Uploads run in the background. Training goes on during one; saves that fall into it stay local,
-    and the next one after it takes the newest state along. When training ends the final state is
+    and the next save after it is pushed. When training ends the final state is
     pushed and awaited. Whatever the Hub does, `fit` goes on, and `output_dir` holds the newest save,
     each file whole.
 
@@ -321,7 +321,7 @@ class PushToHubCallback(_AnyKerasCallback):
         NotADirectoryError: `output_dir` is a file.
         huggingface_hub.utils.HfHubHTTPError: The Hub refuses the token or the repository.
         ConnectionError: The Hub cannot be reached.
-        RuntimeError: The model cannot be saved, said when training begins where that can be known;
+        RuntimeError: The model cannot be saved, raised when training begins if it can be known then;
             or, in `fit`, a save could not be written.
     """
 
@@ -363,7 +363,7 @@ class PushToHubCallback(_AnyKerasCallback):
             raise TypeError(f"model_card_args must be among {CARD_ARGS}, but received {unknown}.")
         self.output_dir = Path(os.path.abspath(os.path.expanduser(output_dir)))
         if self.output_dir.exists() and not self.output_dir.is_dir():
-            raise NotADirectoryError(f"output_dir must be a folder, but {self.output_dir} is none.")
+            raise NotADirectoryError(f"output_dir must be a folder, but {self.output_dir} is a file.")
         self.save_strategy = IntervalStrategy(strategy)
         self.save_steps = save_steps
         self.tokenizer = tokenizer
@@ -488,7 +488,7 @@ def load_repo_checkpoint(
         `{"epoch": N}`, the epoch that was finished last, counted from 0.
 
     Raises:
-        FileNotFoundError: There is no such folder, no checkpoint in it, or a stale one only.
+        FileNotFoundError: There is no such folder, no checkpoint in it, or only a stale one.
         ValueError: The checkpoint is damaged or belongs to another model or optimizer.
         huggingface_hub.utils.HfHubHTTPError: The Hub refuses.
         ConnectionError: The Hub cannot be reached.
@@ -496,7 +496,7 @@ def load_repo_checkpoint(
     folder = Path(repo_path_or_name).expanduser()
     if not folder.is_dir():
         if not isinstance(repo_path_or_name, str):
-            raise FileNotFoundError(f"{folder} is no folder.")
+            raise FileNotFoundError(f"{folder} is not a folder.")
         folder = _download_checkpoint(repo_path_or_name, token)
     _history[model] = _read_checkpoint(model, folder)
     epoch = max(_history[model])
@@ -1093,7 +1093,7 @@ class _Save:
         for lock in output_dir.iterdir() if output_dir else ():
             if not lock.match(f"{PRIVATE}*.lock"):
                 continue
-            # One that is held is in use: that is an OSError.
+            # A lock that is held raises Timeout, an OSError: that save is in use.
             with contextlib.suppress(OSError, NotImplementedError), filelock.FileLock(lock, timeout=0):
                 shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
                 for second in lock.parent.rglob(f"{lock.stem}.*.part"):
@@ -1156,8 +1156,8 @@ class _Save:
     def close(self) -> None:
         """Removes the folder."""
         shutil.rmtree(self.root, ignore_errors=True)
-        self.lock.release()
         with contextlib.suppress(OSError):
+            self.lock.release()
             os.unlink(self.lock.lock_file)
 
 
@@ -1208,7 +1208,7 @@ def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
 def _check_serialisable(model: Any) -> None:
     """Refuses a model whose configuration cannot be saved, before it is trained.
 
-    What cannot be known yet is the configuration of a model that is not built.
+    A model that is not built cannot be checked yet.
     """
     library = _library_of(model)
     try:
@@ -1220,7 +1220,7 @@ def _check_serialisable(model: Any) -> None:
     except Exception as error:
         raise RuntimeError(
             f"{type(model).__name__} could not be saved after training: "
-            f"{type(error).__name__}: {error}. The error names what has to change, often a missing get_config."
+            f"{type(error).__name__}: {error}. Often a get_config is missing."
         ) from error
 
 
@@ -1344,7 +1344,7 @@ def _download_checkpoint(name: str, token: str | None) -> Path:
     try:
         hub_utils.validate_repo_id(name)
     except hub_utils.HFValidationError:
-        raise FileNotFoundError(f"{name} is no folder, and no name of a repository.") from None
+        raise FileNotFoundError(f"{name} is neither a folder nor the name of a repository.") from None
     api = huggingface_hub.HfApi(token=token and token.strip())
     download = functools.partial(api.snapshot_download, name, allow_patterns=list(CHECKPOINT))
     if huggingface_hub.constants.HF_HUB_OFFLINE:
@@ -1422,7 +1422,7 @@ ADVICE = " If an optimizer does not fit, run one training step first, then load:
 
 @contextlib.contextmanager
 def _reading(file: Path) -> Iterator[None]:
-    """Says which file is damaged; a lack of memory or of rights is none of its damages."""
+    """Says which file is damaged; a lack of memory or of rights is not reported as damage."""
     damages = (ArithmeticError, AttributeError, EOFError, LookupError, TypeError, ValueError)
     try:
         yield
@@ -1547,7 +1547,7 @@ class _Repo:
         return self.repo_id in _uploads and not _uploads[self.repo_id].future.done()
 
     def wait_for_running_upload(self) -> None:
-        """Waits for the upload that runs, which is not attempted again after that."""
+        """Waits for the attempt of the upload that runs; it is the last one."""
         if self.is_busy():
             _uploads[self.repo_id].stop_retrying.set()
             concurrent.futures.wait([_uploads[self.repo_id].future])
@@ -1600,18 +1600,20 @@ class _Upload:
             self.future.set_result(commit)
 
     def _is_awaited(self) -> bool:
-        """Returns whether `fit` waits for it, or the interpreter does not wait to exit."""
+        """Returns whether `fit` waits for it, or the interpreter is not shutting down."""
         return self.final or threading.main_thread().is_alive()
 
     def end(self, error: BaseException) -> None:
         """Ends a failed upload, with a line in the log unless the final state is to follow."""
-        self.save.close()
-        if not self.final and not self.stop_retrying.is_set():
-            logger.warning(
-                '"%s" was not pushed to %s: %s. It is complete in %s; the next save is pushed.',
-                *(self.message, self.repo.url, _describe(error), self.output_dir),
-            )
-        self.future.set_exception(error)
+        try:
+            self.save.close()
+            if not self.final and not self.stop_retrying.is_set():
+                logger.warning(
+                    '"%s" was not pushed to %s: %s. It is complete in %s; the next save is pushed.',
+                    *(self.message, self.repo.url, _describe(error), self.output_dir),
+                )
+        finally:
+            self.future.set_exception(error)
 
     def say(self, text: str) -> None:
         """Prints where `fit` prints, in letters that the terminal has."""
@@ -1731,8 +1733,8 @@ def _attempt(
 ) -> Any:
     """Returns what `action` returns; attempted again for `seconds` from its first failure on.
 
-    Waits double up to LONGEST_WAIT, and the last attempt is made at the limit. What the Hub asks
-    for in Retry-After comes first. There is no further attempt once `stop` is set, or nobody awaits
+    Waits double up to LONGEST_WAIT, and the last attempt is made at the limit. A Retry-After
+    takes precedence. There is no further attempt once `stop` is set, or nobody awaits
     the outcome any more.
     """
     stop = stop or threading.Event()
@@ -1861,7 +1863,7 @@ def _user_files(
 ) -> tuple[list[str], list[str]]:
     """Returns the files in a folder that may be pushed, and patterns for the others.
 
-    Without `checkpoint`, one that lies there is stale and not pushed.
+    Without `checkpoint`, a checkpoint found there is stale and is not pushed.
 
     Links to files are followed and links to folders are not, as `upload_folder` does. Files whose
     names are not UTF-8 cannot be pushed.
@@ -1984,7 +1986,7 @@ def _author_of(card: Path) -> str:
 def _fingerprint(model: Any) -> float:
     """Returns a checksum of the small trainable variables, which tells weights of epochs apart.
 
-    It is NaN, which equals nothing, where the values are not to be read in this process.
+    It is NaN, which equals nothing, where this process cannot read the values.
     """
     variables = sorted(model.trainable_variables, key=lambda variable: math.prod(variable.shape))
     small = [v for v in variables if math.prod(v.shape) <= 2**16] or variables[:1]
@@ -2001,8 +2003,12 @@ def _model_card(push: PushToHubCallback, folder: Path) -> str:
     now = _fingerprint(model)
     # Another callback may have put back the weights of an earlier epoch, or averaged them. The
     # EarlyStopping of Keras 2.15 does so before the last epoch's end is seen here.
-    known = [(e, trained) for e, (of, trained) in push._states.items() if of == now]
-    epoch, trained = known[0] if known else (-1, 0)
+    epoch, trained = -1, 0
+    for done, (fingerprint, count) in push._states.items():
+        if fingerprint == now:
+            epoch, trained = done, count
+        elif trained:
+            break
     row = rows.get(epoch, {})
     base = str(facts.get("finetuned_from") or "")
     guess = str(getattr(getattr(model, "config", None), "_name_or_path", None) or "")
