@@ -1776,6 +1776,15 @@ class TestResuming:
     KINDS = ["GAN", "GAN without a default", "GAN of private names", "GAN of a dict"]
     KINDS += ["GAN of a list in a dict"]
 
+    def test_a_learning_rate_that_was_changed_comes_back(self, keras, tmp_path):
+        model, other = small_model(keras), small_model(keras)
+        change = lambda epoch, logs: model.optimizer.learning_rate.assign(0.5)
+        push = pushing(tmp_path, checkpoint=True)
+        callbacks = [keras.callbacks.LambdaCallback(on_epoch_end=change), push]
+        fit_in_order(model, callbacks=callbacks)
+        load_repo_checkpoint(other, push.output_dir)
+        assert float(np.asarray(other.optimizer.learning_rate)) == 0.5
+
     @ON_TF
     @each("kind", [*KINDS, "a part", "no call"])
     @pytest.mark.filterwarnings("ignore:You are saving a model that has not yet been built")
