@@ -438,7 +438,7 @@ class PushToHubCallback(_AnyKerasCallback):
                 part = "the checkpoint"
                 if with_checkpoint:
                     _write_checkpoint(self.model, _history[self.model], save.folder)
-                _write_card(self, save.folder)
+                _write_card(self, save.folder)  # in all processes: reading metrics is collective
                 part = "the files"
                 if is_chief:
                     save.publish(self.output_dir, stale=not self.checkpoint)
@@ -649,9 +649,9 @@ def _choose_columns(model: Any, element: Any) -> Any:
     A functional one in Keras 3 matches the sorted columns to its inputs by position, and would take
     a label column of the right shape for an input.
     """
-    inputs, labels = _split(element)
     if _customises_predict(model):
         return element
+    inputs, labels = _split(element)
     if _is_transformers(model):
         takes = inspect.signature(model.call).parameters
         if isinstance(inputs, Mapping):
@@ -706,9 +706,9 @@ def _to_backend(inputs: Any) -> Any:
     return tf.nest.map_structure(to_array, inputs)
 
 
-def _is_transformers(part: Any) -> bool:
-    """Returns whether it is a model (or tokenizer) of transformers."""
-    return any(cls.__module__.partition(".")[0] == "transformers" for cls in type(part).__mro__)
+def _is_transformers(model: Any) -> bool:
+    """Returns whether it is a model of transformers."""
+    return any(cls.__module__.partition(".")[0] == "transformers" for cls in type(model).__mro__)
 
 
 def _is_functional(model: Any) -> bool:
@@ -1345,7 +1345,7 @@ def _download_checkpoint(name: str, token: str | None) -> Path:
         hub_utils.validate_repo_id(name)
     except hub_utils.HFValidationError:
         raise FileNotFoundError(f"{name} is neither a folder nor the name of a repository.") from None
-    api = huggingface_hub.HfApi(token=token and token.strip())
+    api = _client(token)
     download = functools.partial(api.snapshot_download, name, allow_patterns=list(CHECKPOINT))
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         folder = Path(download(local_files_only=True))
@@ -1402,7 +1402,7 @@ def _read_checkpoint(model: Any, folder: Path) -> dict[int, Row]:
     _compare("model", weights, sources["model"], arrays)
     for name, optimizer in optimizers.items():
         if len(_variables_of(model)[name]) < len(names.get(name, [])):
-            _build_optimizer(model, optimizer, places[name], sources["model"])
+            _build_optimizer(model, optimizer, places[name], dict(zip(sources["model"], weights)))
     groups = _variables_of(model)
     for name, variables in groups.items():
         sources[name] = _match(names, name, variables)
@@ -1462,13 +1462,12 @@ def _compare(group: str, variables: list[Any], keys: list[str], arrays: dict[str
             )
 
 
-def _build_optimizer(model: Any, optimizer: Any, places: Any, sources: list[str]) -> None:
-    """Builds an optimizer for the variables that it trained when it was saved."""
+def _build_optimizer(model: Any, optimizer: Any, places: Any, weights: dict[str, Any]) -> None:
+    """Builds an optimizer for those of the weights, by key, that it trained when it was saved."""
     variables = model.trainable_variables
     if isinstance(places, list):
-        by_source = dict(zip(sources, _variables_of(model)["model"]))
         keys = [f"model.{place}" for place in places]
-        variables = [by_source[key] for key in keys if key in by_source]
+        variables = [weights[key] for key in keys if key in weights]
     if not _is_tensorflow(model):  # Keras pairs gradients by position there, in the model's order
         order = {id(variable): n for n, variable in enumerate(model.trainable_variables)}
         variables = sorted(variables, key=lambda variable: order.get(id(variable), len(order)))
@@ -1490,8 +1489,7 @@ class _Repo:
     """The repository on the Hub, and what this run knows of its card."""
 
     def __init__(self, name: str, token: str | None) -> None:
-        self.token = token.strip() if token else None  # a file may end in a line break
-        self.api = huggingface_hub.HfApi(token=self.token)
+        self.api = _client(token)
         self.repo_id = _reach(self.api, lambda: self.api.create_repo(name, exist_ok=True)).repo_id
         self.url = f"{self.api.endpoint}/{self.repo_id}"
         self.own_commit: str | None = None  # the newest commit of this run that had the card
@@ -1714,6 +1712,11 @@ class _Upload:
         self.save.states[CARD] = self.save.look()[CARD]
 
 
+def _client(token: str | None) -> Any:
+    """Returns huggingface_hub's client; a token that was read from a file may end in a line break."""
+    return huggingface_hub.HfApi(token=token.strip() if token else None)
+
+
 def _reach(api: Any, request: Callable[[], Any]) -> Any:
     """Returns what a request returns, attempted again for some seconds; an error names the Hub."""
     try:
@@ -1813,8 +1816,7 @@ def _is_transient(error: BaseException) -> bool:
     if status is not None:
         return status >= 500 or status in (408, 409, 412, 423, 425, 429)
     final = (AttributeError, LookupError, TypeError, ValueError, Warning, _PushError)
-    is_final = isinstance(error, final)
-    return not is_final or isinstance(error, OSError)
+    return isinstance(error, OSError) or not isinstance(error, final)
 
 
 def _retry_after(error: BaseException) -> float | None:
