@@ -1527,20 +1527,46 @@ class TestPushedFiles:
 
 
 class TestCheckpoint:
-    @each("kind", ["new process", "mixed_float16", "legacy"])
+    KEPT = ["new process", "loss scale", "legacy", "average", "frozen", "other weights at the end"]
+    TOLD = ["Nadam", "Dropout", "GaussianNoise"]  # in the README, of Keras 2 alone
+
+    @each("kind", [*KEPT, *TOLD, "recurrent"])
     def test_resuming_from_the_hub_ends_in_the_same_bits(self, keras, tmp_path, kind):
+        if kind == "recurrent" or (keras not in KERAS3 and kind in self.TOLD):
+            readme = (HERE / "README.md").read_text("utf-8")
+            assert kind in readme.partition(" resuming\n")[2].partition("\n## ")[0]
+            return
+
         def make():
             if kind == "new process":
                 keras.backend.clear_session()  # names begin anew
-            if kind == "mixed_float16":  # with its loss scale
-                return small_model(keras, policy=kind)
-            is_legacy = kind == "legacy" and keras not in KERAS3
-            return small_model(keras, keras.optimizers.legacy.Adam() if is_legacy else "adam")
+            keras.utils.set_random_seed(7)
+            layers = [keras.layers.Input((4,)), keras.layers.Dense(4)]
+            layers += [getattr(keras.layers, kind)(0.5)] if kind in self.TOLD[1:] else []
+            model = keras.Sequential([*layers, keras.layers.Dense(3, "softmax")])
+            average = {"use_ema": True, "ema_momentum": 0.5} if kind == "average" else {}
+            optimizer = keras.optimizers.Adam(0.1, **average)
+            if kind == "loss scale":
+                optimizer = keras.mixed_precision.LossScaleOptimizer(optimizer)
+            if kind == "legacy" and keras not in KERAS3:
+                optimizer = keras.optimizers.legacy.Adam(0.1)
+            model.compile("nadam" if kind == "Nadam" else optimizer, LOSS)
+            model.layers[0].trainable = kind != "frozen"  # after compile
+            return model
 
         def fit(model, callbacks=(), **options):
             halve = keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2)
             fit_in_order(model, callbacks=[halve, *callbacks], **options)
-        assert_resumes(make, tmp_path, fit)
+        zero = lambda logs: end.model.set_weights([0 * w for w in end.model.get_weights()])
+        end = keras.callbacks.LambdaCallback(on_train_end=zero if "other" in kind else None)
+        assert_resumes(make, tmp_path, fit, callbacks=[end])
+
+    def test_the_table_of_the_card_goes_on_where_it_stood(self, push, model):
+        resumed = small_model(FIRST)
+        fit_in_order(model, epochs=2, callbacks=[push])
+        load_repo_checkpoint(resumed, push.output_dir)
+        fit_in_order(resumed, initial_epoch=2, epochs=4, callbacks=[push])
+        assert rows_of(pushed(push)["README.md"].decode()) == [0, 1, 2, 3]
 
 
 def rewritten(archive, **changes):
@@ -1643,15 +1669,6 @@ def apart(keras, kind):
     g, d = keras.optimizers.Adam(0.1), keras.optimizers.RMSprop(0.01)
 
     class Apart(keras.Model):  # without a call of its own
-        def __init__(self):
-            super().__init__()
-            self.left = keras.Sequential([keras.layers.Input((4,)), keras.layers.Dense(4)])
-            self.right = keras.Sequential([keras.layers.Input((4,)), keras.layers.Dense(3)])
-            if kind == "in private attributes":
-                self._g, self._d = g, d
-            elif kind == "in a list in a dict":
-                self.both = {"g": g, "d": [d]}
-
         def training(self):
             """The optimizers, each with what it trains."""
             if kind == "late":
@@ -1664,22 +1681,27 @@ def apart(keras, kind):
             for optimizer, layer in self.training():
                 with tf.GradientTape() as tape:
                     loss = tf.reduce_mean(tf.square(self.right(self.left(data[0])) - 1.0))
-                variables = layer.trainable_variables
-                sources = [v.value if keras in KERAS3 else v for v in variables]
-                optimizer.apply_gradients(zip(tape.gradient(loss, sources), variables))
+                gradients = tape.gradient(loss, layer.trainable_variables)
+                optimizer.apply_gradients(zip(gradients, layer.trainable_variables))
             return {"loss": loss}
     keras.utils.set_random_seed(7)
     model = Apart()
-    is_without = "dict" in kind and keras in KERAS3  # Keras 2 compiles none without an optimizer
-    model.compile(**({"optimizer": None if is_without else g} if "of" in kind or is_without else {}))
+    model.left = keras.Sequential([keras.layers.Input((4,)), keras.layers.Dense(4)])
+    model.right = keras.Sequential([keras.layers.Input((4,)), keras.layers.Dense(3)])
+    if kind == "in private attributes":
+        model._g, model._d = g, d
+    elif kind == "in a list in a dict":
+        model.both = {"g": g, "d": [d]}
+    default = {"optimizer": g} if kind in ("of a part", "of all") else {}
+    if kind == "in a list in a dict" and keras in KERAS3:  # Keras 2 compiles none without one
+        default = {"optimizer": None}
+    model.compile(**default)
     return model
 
 
 class TestResuming:
-    PLACES = ["in private attributes", "in a list in a dict", "of a part", "of all"]
-
     @ON_TF
-    @each("kind", PLACES)
+    @each("kind", ["in private attributes", "in a list in a dict", "of a part", "of all"])
     @pytest.mark.filterwarnings("ignore:You are saving a model that has not yet been built")
     def test_whatever_trains_what_comes_back(self, keras, tmp_path, kind):
         assert_resumes(lambda: apart(keras, kind), tmp_path)
@@ -1694,29 +1716,6 @@ class TestResuming:
             assert_equal(model.get_weights(), before)
             model.fit(X[:8], Y[:8], verbose=0)
         assert_resumes(lambda: apart(keras, "late"), tmp_path, before_loading=refuse_then_step)
-
-    KEPT = ["frozen", "average", "other weights at the end"]
-    TOLD = ["Nadam", "Dropout", "GaussianNoise"]  # in the README, of Keras 2 alone
-
-    @each("kind", [*KEPT, *TOLD, "recurrent"])
-    def test_what_keeps_a_state_or_ends_with_other_weights_resumes(self, keras, tmp_path, kind):
-        def make():
-            keras.utils.set_random_seed(7)
-            noise = [getattr(keras.layers, kind)(0.5)] if kind in ("Dropout", "GaussianNoise") else []
-            layers = [keras.layers.Dense(4), *noise, keras.layers.Dense(3, "softmax")]
-            model = keras.Sequential([keras.layers.Input((4,)), *layers])
-            average = {"use_ema": True, "ema_momentum": 0.5} if kind == "average" else {}
-            optimizer = keras.optimizers.Adam(0.1, **average)
-            model.compile("nadam" if kind == "Nadam" else optimizer, LOSS)
-            model.layers[0].trainable = kind != "frozen"  # after compile
-            return model
-        clear = lambda logs: callback.model.set_weights([0 * w for w in callback.model.get_weights()])
-        callback = keras.callbacks.LambdaCallback(on_train_end=clear)
-        if kind in self.KEPT or (keras in KERAS3 and kind in self.TOLD):
-            assert_resumes(make, tmp_path, callbacks=[callback] if "other" in kind else [])
-        else:
-            readme = (HERE / "README.md").read_text("utf-8")
-            assert kind in readme.partition(" resuming\n")[2].partition("\n## ")[0]
 
     def test_names_decide_which_variable_is_which(self, keras, tmp_path):
         def make(names):
@@ -1773,7 +1772,7 @@ class TestWhichCheckpoint:
         saved(push)
         folder = push.output_dir if "same" in place else push.output_dir.parent / "elsewhere"
         options = {"hub_model_id": repo, "hub_token": WRITE}
-        fit_in_order(model, callbacks=[PushToHubCallback(folder, **options)])
+        fit_in_order(model, callbacks=[PushToHubCallback(folder, save_strategy="no", **options)])
         assert not pushed(push).keys() & {"checkpoint/state.json", "checkpoint/stale.json"}
         with pytest.raises(FileNotFoundError):
             load_repo_checkpoint(small_model(FIRST), push.hub_model_id, token=WRITE)
@@ -1785,10 +1784,21 @@ class TestWhichCheckpoint:
             assert load_repo_checkpoint(other, source, token=WRITE) == {"epoch": 0}
             assert_equal(other.get_weights(), model.get_weights())
 
-    @each("name, content", [("state.json", b"[0]"), ("state.npz", b"")])
-    def test_the_error_says_what_is_damaged(self, push, model, name, content):
+    @each("name", ["state.npz", "state.json"])
+    def test_the_error_names_a_file_that_is_damaged_or_may_not_be_read(self, push, model, name):
         saved(push)
-        (push.output_dir / "checkpoint" / name).write_bytes(content)
+        user = os.geteuid()
+        with tempfile.TemporaryDirectory() as folder:  # tmp_path is closed to others
+            shutil.copytree(push.output_dir, folder, dirs_exist_ok=True)
+            os.chmod(folder, 0o755)
+            os.chmod(f"{folder}/checkpoint/{name}", 0)
+            os.seteuid(user or 65534)  # root may read everything
+            try:
+                with pytest.raises(PermissionError, match=name):
+                    load_repo_checkpoint(model, folder)
+            finally:
+                os.seteuid(user)
+        (push.output_dir / "checkpoint" / name).write_bytes(b"[0]")
         with pytest.raises(ValueError, match=f"checkpoint/{name}"):
             load_repo_checkpoint(model, push.output_dir)
 
@@ -1797,21 +1807,6 @@ class TestWhichCheckpoint:
         monkeypatch.setattr("zipfile.ZipFile.open", raising(MemoryError("no room")))
         with pytest.raises(MemoryError, match="no room"):
             load_repo_checkpoint(model, push.output_dir)
-
-    @each("name", ["state.npz", "state.json"])
-    def test_a_file_that_may_not_be_read_is_no_damage(self, push, model, monkeypatch, name):
-        saved(push)
-        with tempfile.TemporaryDirectory() as folder:  # tmp_path is closed to others
-            shutil.copytree(push.output_dir, folder, dirs_exist_ok=True)
-            os.chmod(folder, 0o755)
-            os.chmod(f"{folder}/checkpoint/{name}", 0)
-            user = os.geteuid()
-            os.seteuid(user or 65534)  # root may read everything
-            try:
-                with pytest.raises(PermissionError, match=name):
-                    load_repo_checkpoint(model, folder)
-            finally:
-                os.seteuid(user)
 
 
 # Model card ----------------------------------------------------------------------------------
@@ -1841,12 +1836,15 @@ class TestCard:
     METRIC_TYPES |= dict(f1_macro="f1", answer_f1="f1", val_interval_f1="f1")
     METRIC_TYPES |= dict(tower_score="tower_score")  # no word of it is "wer"
 
-    def test_the_metadata_come_back_from_model_card_with_the_metrics_as_the_hub_names_them(
+    def test_the_card_has_the_facts_the_metrics_by_the_hubs_names_and_the_optimizer(
             self, keras, tmp_path):
-        model, values = small_model(keras), {n: len(n) / 8 for n in self.METRIC_TYPES}
+        schedule = keras.optimizers.schedules.PolynomialDecay(0.25, 1234)
+        model = small_model(keras, keras.optimizers.Adam(schedule))
         fit_in_order(model)
+        values = {name: len(name) / 8 for name in self.METRIC_TYPES}
         logs = {"loss": 0.5, "accuracy": 0.9, "val_loss": 0.7, "val_nan": math.nan, **values}
-        data = card_of(tmp_path, model, {"loss": 1.0, "f1": 1.0}, logs, **self.FACTS).data
+        card = card_of(tmp_path, model, {"loss": 1.0, "f1": 1.0}, logs, **self.FACTS)
+        data = card.data
         assert data.library_name == ("keras" if keras in KERAS3 else "tf-keras")
         assert data.tags == ["vision", "a --- b: <b>", "generated_from_keras_callback"]
         assert (data.language, data.license, data.base_model) == (["en"], "mit", "google/base")
@@ -1857,6 +1855,9 @@ class TestCard:
         assert {r.metric_name: r.metric_value for r in results} == values
         assert (first.task_type, first.dataset_type) == ("image-classification", "mnist")
         assert (first.dataset_name, first.dataset_config) == ("Digits | of UCI", "default")
+        config = json.loads(re.search(r"```json\n(.*?)```", card.text, re.DOTALL)[1])
+        assert (config["class_name"], config["beta_1"]) == ("Adam", pytest.approx(0.9))
+        assert config["learning_rate"]["config"]["decay_steps"] == 1234
 
     def test_the_table_has_every_epoch_and_all_columns(self, model, tmp_path):
         epochs = {"loss": 1.23456}, {"loss": math.nan, "val_loss": 0.00012346}
@@ -1884,15 +1885,6 @@ class TestCard:
         card = card_of(tmp_path, model, {"loss": 1.0}, **facts)
         assert getattr(card.data, field) == expected
         assert facts.get("finetuned_from", "") in card.text
-
-    def test_the_optimizer_is_readable_with_its_schedule(self, keras, tmp_path):
-        schedule = keras.optimizers.schedules.PolynomialDecay(0.25, 1234)
-        model = small_model(keras, keras.optimizers.Adam(schedule))
-        text = card_of(tmp_path, model, {"loss": 1.0}).text
-        config = json.loads(re.search(r"```json\n(.*?)```", text, re.DOTALL)[1])
-        assert config["class_name"] == "Adam"
-        assert config["learning_rate"]["config"]["decay_steps"] == 1234
-        assert config["beta_1"] == pytest.approx(0.9)
 
     @each("facts, message", [
         ({"license": 10**5000}, "No model card was written: ValueError"),  # that `str` refuses
@@ -1963,7 +1955,7 @@ class TestCardIsTrue:
             self, keras, tmp_path, strategy):
         scores, weights = iter([0.5, 0.9, 0.1, 0.2]), []
         layers = [keras.layers.Dropout(0.1), keras.layers.Dense(1, trainable=False)]
-        layers += [keras.layers.Dense(3, activation="softmax")]  # what is trained tells the epoch
+        layers += [keras.layers.Dense(3, activation="softmax")]  # it alone tells the epochs apart
         model = keras.Sequential([keras.layers.Input((4,)), *layers])
         model.compile("adam", LOSS)
         push = pushing(tmp_path, save_strategy=strategy, **self.FACTS)
@@ -2000,33 +1992,24 @@ class TestCardIsTrue:
     @each("kind", ["nothing", "lambda", "all parts", "all parts and the model"])
     def test_the_code_loads_a_model_with_parts_of_ones_own(
             self, keras, tmp_path, monkeypatch, kind):
-        class OwnLayer(keras.layers.Layer):
-            def call(self, inputs):
-                return inputs * 2
-
-        @keras.saving.register_keras_serializable("tests")
-        class Registered(OwnLayer):
-            pass
-
         def own_function(x):
             return x * 3
 
         def own_loss(labels, predictions):
             return keras.losses.sparse_categorical_crossentropy(labels, predictions) * 2
-        parts = {
-            "OwnMetric": keras.metrics.SparseCategoricalAccuracy,
-            "OwnAdam": keras.optimizers.Adam,
-            "OwnRate": keras.optimizers.schedules.ExponentialDecay,
-            "OwnModel": keras.Sequential,
-        }
-        own = {name: type(name, (base,), {}) for name, base in parts.items()}
-        own |= {each.__name__: each for each in (OwnLayer, Registered, own_function, own_loss)}
+        bases = {"OwnModel": keras.Sequential, "OwnAdam": keras.optimizers.Adam}
+        bases |= {"OwnMetric": keras.metrics.SparseCategoricalAccuracy}
+        bases |= {"OwnRate": keras.optimizers.schedules.ExponentialDecay}
+        bases |= {"OwnLayer": keras.layers.ReLU, "Registered": keras.layers.ReLU}
+        own = {name: type(name, (base,), {}) for name, base in bases.items()}
         own["OwnModel"].save_pretrained = lambda self, folder: None  # of transformers it is not
-        layers = [OwnLayer(), Registered(), keras.layers.Activation(own_function)]
+        own |= {"own_function": own_function, "own_loss": own_loss}
+        keras.saving.register_keras_serializable("tests")(own["Registered"])
+        layers = [own["OwnLayer"](), own["Registered"](), keras.layers.Activation(own_function)]
         if kind in ("nothing", "lambda"):
             layers = [keras.layers.Lambda(lambda x: x * 2)] if kind == "lambda" else []
-        sequential = own["OwnModel"] if "model" in kind else keras.Sequential
-        model = sequential([keras.layers.Input((4,)), *layers, *small_model(keras).layers])
+        make = own["OwnModel"] if "model" in kind else keras.Sequential
+        model = make([keras.layers.Input((4,)), *layers, *small_model(keras).layers])
         model.compile("adam", LOSS)
         if "parts" in kind:
             optimizer = own["OwnAdam"](own["OwnRate"](0.1, 10, 0.9))
@@ -2034,8 +2017,9 @@ class TestCardIsTrue:
         push = pushing(tmp_path)
         fit_in_order(model, callbacks=[push])
         keras.saving.get_custom_objects().pop("tests>Registered")
-        names = [name for name in own if "parts" in kind and (name != "OwnModel" or "model" in kind)]
-        loaded = run_loading_code(push, monkeypatch, **{name: own[name] for name in names})
+        if "model" not in kind:
+            del own["OwnModel"]
+        loaded = run_loading_code(push, monkeypatch, **(own if "parts" in kind else {}))
         assert_equal(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
 
     def test_no_name_of_a_metric_costs_the_card(self, model, tmp_path, repo):
