@@ -1527,7 +1527,7 @@ class TestPushedFiles:
 
 
 class TestCheckpoint:
-    KEPT = ["new process", "loss scale", "legacy", "average", "frozen", "other weights at the end"]
+    KEPT = ["new process", "mixed_float16", "legacy", "average", "frozen", "other weights at end"]
     TOLD = ["Nadam", "Dropout", "GaussianNoise"]  # in the README, of Keras 2 alone
 
     @each("kind", [*KEPT, *TOLD, "recurrent"])
@@ -1541,16 +1541,16 @@ class TestCheckpoint:
             if kind == "new process":
                 keras.backend.clear_session()  # names begin anew
             keras.utils.set_random_seed(7)
+            keras.mixed_precision.set_global_policy(kind if "mixed" in kind else "float32")
             layers = [keras.layers.Input((4,)), keras.layers.Dense(4)]
             layers += [getattr(keras.layers, kind)(0.5)] if kind in self.TOLD[1:] else []
             model = keras.Sequential([*layers, keras.layers.Dense(3, "softmax")])
             average = {"use_ema": True, "ema_momentum": 0.5} if kind == "average" else {}
             optimizer = keras.optimizers.Adam(0.1, **average)
-            if kind == "loss scale":
-                optimizer = keras.mixed_precision.LossScaleOptimizer(optimizer)
             if kind == "legacy" and keras not in KERAS3:
                 optimizer = keras.optimizers.legacy.Adam(0.1)
-            model.compile("nadam" if kind == "Nadam" else optimizer, LOSS)
+            model.compile("nadam" if kind == "Nadam" else optimizer, LOSS)  # and a loss scale
+            keras.mixed_precision.set_global_policy("float32")
             model.layers[0].trainable = kind != "frozen"  # after compile
             return model
 
@@ -1734,32 +1734,24 @@ class TestResuming:
 
 
 class TestWhichCheckpoint:
-    @each("hub_is", ["failing", "out of reach"])
-    def test_one_in_the_cache_is_not_taken_for_the_newest(
-            self, push, model, monkeypatch, clock, hub_is):
-        other = small_model(FIRST)
+    def test_one_in_the_cache_is_loaded_only_for_who_is_offline_by_choice(
+            self, push, model, monkeypatch, clock, caplog):
+        name, constants, other = push.hub_model_id, huggingface_hub.constants, small_model(FIRST)
         saved(push)
-        assert load_repo_checkpoint(other, push.hub_model_id, token=WRITE) == {"epoch": 0}
+        assert load_repo_checkpoint(other, name, token=WRITE) == {"epoch": 0}
+        cached = hub.repos[name][-1]["oid"]
         fit_in_order(model, initial_epoch=1, epochs=2, callbacks=[push])
-        before, error = state_of(other), huggingface_hub.utils.HfHubHTTPError
-        if hub_is == "failing":
-            hub.add_fault("info", 503, times=1000)
-        else:
-            monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-            error = ConnectionError
-        with pytest.raises(error, match="503|127.0.0.1:9"):
-            load_repo_checkpoint(other, push.hub_model_id, token=WRITE)
+        before = state_of(other)
+        hub.add_fault("info", 503, times=1000)
+        with pytest.raises(huggingface_hub.utils.HfHubHTTPError, match="503"):
+            load_repo_checkpoint(other, name, token=WRITE)
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody is there
+        with pytest.raises(ConnectionError, match="127.0.0.1:9"):
+            load_repo_checkpoint(other, name, token=WRITE)
         assert_equal(state_of(other), before)
-
-    def test_who_is_offline_gets_the_cached_one_and_reads_which(self, push, monkeypatch, caplog):
-        saved(push)
-        for offline in (False, True):
-            monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
-            hub.requests.clear()
-            other = small_model(FIRST)
-            assert load_repo_checkpoint(other, push.hub_model_id, token=WRITE) == {"epoch": 0}
-        assert hub.requests == []
-        assert hub.repos[push.hub_model_id][-1]["oid"][:7] in caplog.text
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert load_repo_checkpoint(other, name, token=WRITE) == {"epoch": 0}
+        assert cached[:7] in caplog.text
 
     @each("path", ["./nosuch", "../no/such/one", "nosuch/", "/no/such/one"])
     def test_a_path_that_does_not_exist_is_said_to(self, path, tmp_path, monkeypatch):
@@ -1778,6 +1770,7 @@ class TestWhichCheckpoint:
             load_repo_checkpoint(small_model(FIRST), push.hub_model_id, token=WRITE)
         with pytest.raises(FileNotFoundError, match="older than the model"):
             load_repo_checkpoint(small_model(FIRST), folder)
+        assert (folder / "checkpoint" / "stale.json").exists() is (place == "the same folder")
         fit_in_order(model, callbacks=[PushToHubCallback(folder, checkpoint=True, **options)])
         for source in (folder, push.hub_model_id):
             other = small_model(FIRST)
@@ -2031,6 +2024,7 @@ class TestCardIsTrue:
         card = card_on_hub(push)
         assert [r.metric_value for r in card.data.eval_results] == list(metrics.values())
         assert rows_of(card.text) == [0]
+        assert re.search(r"^\| Epoch \|.*\|\n\| ---: ", card.text, re.MULTILINE)
         assert "# " + repo.replace("_", "\\_") in card.text.splitlines()
 
 
