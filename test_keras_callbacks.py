@@ -1697,6 +1697,8 @@ def apart(keras, kind):
         model._g, model._d = g, d
     elif kind == "in a list in a dict":
         model.both = {"g": g, "d": [d]}
+    elif kind == "in a model in it":
+        model.left.g, model.left.d = g, d
     default = {"optimizer": g} if kind in ("of a part", "of all") else {}
     if kind == "in a list in a dict" and keras in KERAS3:  # Keras 2 compiles none without one
         default = {"optimizer": None}
@@ -1705,8 +1707,10 @@ def apart(keras, kind):
 
 
 class TestResuming:
+    PLACES = ["in private attributes", "in a list in a dict", "in a model in it"]
+
     @ON_TF
-    @each("kind", ["in private attributes", "in a list in a dict", "of a part", "of all"])
+    @each("kind", [*PLACES, "of a part", "of all"])
     @pytest.mark.filterwarnings("ignore:You are saving a model that has not yet been built")
     def test_whatever_trains_what_comes_back(self, keras, tmp_path, kind):
         assert_resumes(lambda: apart(keras, kind), tmp_path)
@@ -1929,6 +1933,16 @@ class TestCardOfAHuman:
         push.on_train_end()
         assert pushed(push).items() >= self.HUMAN.items()
         assert_pushed(push)
+
+    def test_what_a_human_adds_to_the_metadata_of_our_card_stays_through_all_later_saves(
+            self, push):
+        saved(push)
+        card = pushed(push)["README.md"].replace(b"---\n", b"---\nthumbnail: mine.png\n", 1)
+        hub.commit(push.hub_model_id, "By hand", {"README.md": card})
+        for epoch in (1, 2):
+            saved(push, epoch)
+            assert b"\nthumbnail: mine.png\n" in pushed(push)["README.md"]
+            assert rows_of(pushed(push)["README.md"].decode())[-1] == epoch
 
 
 def run_loading_code(push, monkeypatch, **names):
