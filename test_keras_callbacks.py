@@ -2102,9 +2102,8 @@ class Clock:
     """Time that passes only while somebody waits for the next try."""
 
     def __init__(self):
-        self.seconds = 0.0
+        self.seconds, self.meanwhile = 0.0, lambda event: None
         self.waits = collections.Counter()  # seconds waited after so many requests for a commit
-        self.meanwhile = lambda event: None
 
     def now(self):
         return self.seconds
@@ -2117,9 +2116,41 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(kc, "_clock", clock)
-    return clock
+    """A clock that costs nothing, with the waits and limits that the README tells."""
+    for name, value in dict(FIRST_WAIT=1.0, BACKGROUND_SECONDS=60.0, FINAL_SECONDS=300.0).items():
+        monkeypatch.setattr(kc, name, value)
+    monkeypatch.setattr(kc, "_clock", Clock())
+    return kc._clock
+
+
+def raising(error):
+    def fail(*args, **options):
+        raise error
+    return fail
+
+
+def once_training_waits(action):
+    """Calls the action, in a thread, when the main thread waits in on_train_end for something."""
+    main, names = threading.main_thread().ident, [""]
+
+    def run():
+        while names[0] != "wait" or "on_train_end" not in names:
+            threading.Event().wait(0.01)  # looks again
+            frames = traceback.walk_stack(sys._current_frames()[main])
+            names[:] = [frame.f_code.co_name for frame, _ in frames]
+        action()
+    threading.Thread(target=run, daemon=True).start()
+
+
+def interrupt_once(event):
+    """Presses Ctrl-C when the training waits and the event is set."""
+    once_training_waits(lambda: event.wait(60) and os.kill(os.getpid(), signal.SIGINT))
+
+
+def end(push, strategy):
+    """Saves during training or at its end; returns what the push failed of, or None."""
+    push.on_train_end() if strategy == "no" else push.on_epoch_end(0)
+    return push.last_job.exception(timeout=60)
 
 
 # The client itself waits a second before it repeats some of these, so there are fewer of them.
@@ -2132,127 +2163,96 @@ PASSING = {
     "any": ("drop",),  # three times, as from a Hub that comes up again
 }
 REFUSALS = [("info", 404), ("preupload", 403), ("batch", 403), ("lfs", 403), ("lfs", 413)]
-REFUSALS += [("commit", 401), ("commit", 413)]
+REFUSALS += [("commit", 401), ("commit", 413), ("commit", 429)]  # not today
+LASTING = [("info", 500), ("preupload", 429), ("lfs", "hang"), ("commit", 503), ("commit", "drop")]
+LASTING += [("any", "down")]
 
 
 class TestFaults:
     @BOTH
     @each("stage, kind", [(s, kind) for s in PASSING for kind in PASSING[s]])
-    def test_a_fault_that_passes_costs_a_save_nothing(
-            self, model, tmp_path, repo, monkeypatch, stage, kind, strategy):
-        push = pushing(tmp_path, repo, save_strategy=strategy)
-        callbacks = [push, awaiting(push)] if strategy == "epoch" else [push]
+    def test_a_passing_fault_costs_a_save_nothing(self, push, monkeypatch, stage, kind, strategy):
         monkeypatch.setattr(kc, "ATTEMPT_SECONDS", 0.5 if kind == "hang" else 20.0)
         fault = hub.add_fault(stage, kind, times=3 if stage == "any" else 1)
-        fit_in_order(model, callbacks=callbacks)
-        first = {"epoch": "Training in progress, epoch 0", "no": "End of training"}[strategy]
-        assert fault.reached.is_set()
-        assert commits(push)[0] == first
-        assert_pushed(push, 1)
+        assert end(push, strategy) is None
+        assert fault.reached.is_set() and fault.times == 0
+        message = "End of training" if strategy == "no" else "Training in progress, epoch 0"
+        assert commits(push)[0] == message
         assert_pushed(push)
         assert_loads_back(push.output_dir, push.model)
 
-    @each("stage, status", REFUSALS)
-    def test_a_refusal_is_not_repeated_for_the_same_save(self, push, caplog, stage, status):
-        fault = hub.add_fault(stage, status)
-        push.on_epoch_end(0, {"loss": 1.0})
-        assert push.last_job.exception(timeout=60) is not None
-        ((level, message),) = logged(caplog)
-        assert level == "WARNING" and str(status) in message and "epoch 0" in message
-        assert fault.times == 0
-        push.on_train_end()
-        assert commits(push) == ["End of training"]
-        assert_pushed(push)
-
-    @each(
-        "stage, kind",
-        REFUSALS
-        + [("info", 500), ("commit", 503), ("commit", "drop"), ("any", "down")]
-        + [("preupload", "hang"), ("lfs", "hang"), ("commit", "hang")],
-    )
-    def test_fit_returns_normally_when_the_final_state_cannot_be_pushed(
-            self, model, tmp_path, repo, caplog, monkeypatch, stage, kind):
-        push = pushing(tmp_path, repo, save_strategy="no")
-        monkeypatch.setattr(kc, "FINAL_SECONDS", 0.7)
-        monkeypatch.setattr(kc, "ATTEMPT_SECONDS", 0.3 if kind == "hang" else 20.0)
+    @BOTH
+    @each("stage, kind", REFUSALS + LASTING)
+    def test_a_refusal_at_once_and_a_fault_that_lasts_cost_one_line_in_the_log_and_this_push_only(
+            self, model, tmp_path, repo, caplog, monkeypatch, stage, kind, strategy):
+        push = pushing(tmp_path, repo)
+        begin(push, model)
+        for name in ("BACKGROUND_SECONDS", "FINAL_SECONDS"):
+            monkeypatch.setattr(kc, name, 0.1)
+        if kind == "hang" or (stage, kind) == ("preupload", 429):  # newer clients wait themselves
+            monkeypatch.setattr(kc, "ATTEMPT_SECONDS", 0.3)
         hub.down, before = kind == "down", asked(stage)
-        hub.add_fault(stage, kind, times=1000)
-        history = fit_in_order(model, callbacks=[push])
-        assert len(history.history["loss"]) == 1
-        assert push.last_job.exception() is not None
+        headers = {"Retry-After": "86400"} if kind == 429 else {}
+        fault = hub.add_fault(stage, kind, times=1000, headers=headers)
+        assert end(push, strategy) is not None
         ((level, message),) = logged(caplog)
-        assert level == "ERROR" and "could not be pushed" in message
         assert str(push.output_dir) in message
-        assert re.search(rf"^(hf|huggingface-cli) upload {push.hub_model_id} ", message, re.MULTILINE)
-        if (stage, kind) in REFUSALS:  # at once
-            assert str(kind) in message and asked(stage) - before == 1
+        assert not isinstance(kind, int) or str(kind) in message
+        assert (stage, kind) not in REFUSALS or asked(stage) - before == 1
+        if strategy == "no":
+            command = rf"^(hf|huggingface-cli) upload {push.hub_model_id} "
+            assert level == "ERROR" and "could not be pushed" in message
+            assert re.search(command, message, re.MULTILINE)
+        else:
+            assert level == "WARNING" and "epoch 0" in message
         assert_loads_back(push.output_dir, push.model)
+        hub.down, fault.times = False, 0
+        saved(push, 1)
+        assert commits(push) == ["Training in progress, epoch 1"]
+        assert_pushed(push)
 
     def test_a_try_that_wakes_up_late_does_not_undo_the_newer_state(self, push, model, monkeypatch):
         monkeypatch.setattr(kc, "ATTEMPT_SECONDS", 0.5)
         late = hub.add_fault("commit", "wait")
         push.on_train_end()
-        before = commits(push)
         assert asked("commit") >= 2
-        late.release.set()
         monkeypatch.setattr(kc, "ATTEMPT_SECONDS", 20.0)
         fit_in_order(model, callbacks=[push])
-        assert commits(push)[: len(before)] == before
+        before, answer, answered = commits(push), hub.answer, threading.Event()
+        monkeypatch.setattr(hub, "answer", lambda *with_: (answer(*with_), answered.set()))
+        late.release.set()
+        assert answered.wait(60)
+        assert commits(push) == before
         assert_pushed(push)
 
-    def test_a_save_that_is_given_up_warns_once_and_the_next_save_is_pushed(
-            self, push, caplog, clock):
-        fault = hub.add_fault("commit", 503, times=1000)
-        push.on_epoch_end(0, {"loss": 1.0})
-        assert push.last_job.exception(timeout=60) is not None
-        assert clock.seconds <= kc.BACKGROUND_SECONDS
-        fault.times = 0
-        saved(push, 1)
-        ((level, message),) = logged(caplog)
-        assert level == "WARNING" and "epoch 0" in message and "503" in message
-        assert commits(push) == ["Training in progress, epoch 1"]
-
-    @BOTH
-    def test_waits_double_with_jitter_up_to_the_limit(self, push, monkeypatch, clock, strategy):
-        for name, seconds in (("FIRST_WAIT", 1), ("BACKGROUND_SECONDS", 60), ("FINAL_SECONDS", 300)):
-            monkeypatch.setattr(kc, name, float(seconds))
+    @each("strategy, limit, longest", [("epoch", 60, 16), ("no", 300, 30)])
+    def test_waits_double_with_jitter_up_to_half_a_minute_and_the_last_try_is_at_the_limit(
+            self, push, clock, strategy, limit, longest):
         hub.add_fault("commit", 500, times=1000)
-        push.on_epoch_end(0, {}) if strategy == "epoch" else push.on_train_end()
-        assert push.last_job.exception(timeout=60) is not None
+        clock.meanwhile = lambda event: clock.seconds > limit - 0.1 and hub.faults.clear()
+        assert end(push, strategy) is None
+        assert clock.seconds == pytest.approx(limit)
         factors = [clock.waits[tries] / 2 ** (tries - 1) for tries in (1, 2, 3, 4)]
-        assert all(1 <= factor <= 2 for factor in factors)
-        assert len(set(factors)) > 1
-        limit = 60 if strategy == "epoch" else 300
-        assert limit / 4 < clock.seconds <= limit + 0.001
+        assert 1 <= min(factors) < max(factors) - 1e-6 and max(factors) <= 2
+        assert longest <= max(clock.waits.values()) <= 2 * longest
+        assert_pushed(push)
 
-    def test_waits_are_capped(self, push, monkeypatch, clock):
-        monkeypatch.setattr(kc, "FIRST_WAIT", 1.0)
-        monkeypatch.setattr(kc, "LONGEST_WAIT", 4.0, raising=False)
-        monkeypatch.setattr(kc, "FINAL_SECONDS", 100.0)
-        hub.add_fault("commit", 500, times=1000)
+    @each("stage, status, seconds, form", [
+        ("commit", 429, 7, "seconds"),
+        ("commit", 503, 7, "seconds"),
+        ("commit", 429, 200, "date"),
+        ("preupload", 429, 3, "seconds"),  # where newer clients wait themselves
+    ])
+    def test_retry_after_is_honoured(self, push, clock, stage, status, seconds, form):
+        date = email.utils.formatdate(time.time() + seconds + 1, usegmt=True)
+        headers = {"Retry-After": date if form == "date" else str(seconds)}
+        hub.add_fault(stage, status, headers=headers)
+        begun = time.monotonic()
         push.on_train_end()
-        assert push.last_job.exception() is not None
-        assert 4 <= max(clock.waits.values()) <= 8
-
-    @each("status, form", [(429, "7"), (503, "7"), (429, "a date")])
-    def test_retry_after_is_honoured(self, push, monkeypatch, clock, status, form):
-        monkeypatch.setattr(kc, "FINAL_SECONDS", 1000.0)
-        date = email.utils.formatdate(time.time() + 300, usegmt=True)
-        hub.add_fault("commit", status, headers={"Retry-After": date if form == "a date" else form})
-        push.on_train_end()
-        assert clock.waits == {1: pytest.approx(300, abs=60) if form == "a date" else 7}
+        assert seconds <= clock.seconds + time.monotonic() - begun < seconds + 20
         assert commits(push) == ["End of training"]
 
-    def test_a_retry_after_beyond_the_limit_gives_the_save_up(self, push, clock):
-        hub.add_fault("commit", 429, headers={"Retry-After": "86400"})
-        push.on_epoch_end(0, {})
-        assert "429" in str(push.last_job.exception(timeout=60))
-        assert clock.seconds == 0
-        push.on_train_end()
-        assert commits(push) == ["End of training"]
-
-    def test_a_long_upload_has_all_its_tries_left_at_its_first_failure(
-            self, push, monkeypatch, clock):
+    def test_a_long_upload_has_all_its_tries_at_its_first_failure(self, push, monkeypatch, clock):
         route = hub.route
 
         def slow_route(*args):
@@ -2263,6 +2263,21 @@ class TestFaults:
         push.on_train_end()
         assert commits(push) == ["End of training"]
 
+    @each("fault, error, match", [
+        (("create", 503, 2), None, None),
+        (("create", 403, 1000), huggingface_hub.utils.HfHubHTTPError, "403"),
+        (None, ConnectionError, re.escape(f"{HUB_URL or hub.url}")),
+    ], ids=["comes back", "refuses", "down"])
+    def test_a_repository_is_created_by_a_hub_that_comes_back_or_the_error_names_it(
+            self, tmp_path, clock, fault, error, match):
+        hub.down = fault is None
+        fault = fault and hub.add_fault(*fault)
+        with pytest.raises(error, match=match) if error else contextlib.nullcontext():
+            pushing(tmp_path)
+        assert ("user/model" in hub.repos) is (error is None)
+        assert (asked("create") == 1) is (match == "403")
+        assert clock.seconds == 0 if match == "403" else 1 < clock.seconds < 60
+
     @each("stage, status", [("info", 401), ("commit", 403), ("lfs", 403)])
     def test_the_token_is_in_no_message_no_error_and_no_file(
             self, model, tmp_path, monkeypatch, caplog, capfd, stage, status):
@@ -2271,10 +2286,7 @@ class TestFaults:
         push = PushToHubCallback(tmp_path / "model", hub_token=secret, checkpoint=True)
         begin(push, model, verbose=1)
         hub.add_fault(stage, status, times=1000)
-        push.on_epoch_end(0, {"loss": 1.0})
-        errors = [push.last_job.exception(timeout=60)]
-        push.on_train_end()
-        errors.append(push.last_job.exception())
+        errors = [end(push, "epoch"), end(push, "no")]
         hub.faults.clear()
         saved(push)
         with pytest.raises(Exception) as raised:
@@ -2282,20 +2294,9 @@ class TestFaults:
         written = [caplog.text, *capfd.readouterr(), repr(push), str(vars(push))]
         written += ["".join(traceback.format_exception(e)) for e in (*errors, raised.value)]
         written += map(str, [*contents(tmp_path).values(), *on_hub().values(), hub.repos])
-        assert all(errors) and [str(status) in message for _, message in logged(caplog)] == [True] * 2
+        assert all(errors)
+        assert [str(status) in message for _, message in logged(caplog)] == [True, True]
         assert not [text for text in written if secret in text]
-
-
-@contextlib.contextmanager
-def largest_file(size):
-    """As if the disk had room for so many bytes in each file: writing beyond is an OSError."""
-    import resource
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 class Tokenizer:
@@ -2308,12 +2309,6 @@ class Tokenizer:
         pathlib.Path(folder, "a_vocab.txt").write_text(str(self.number))
         self.between()
         pathlib.Path(folder, "b_vocab.txt").write_text(str(self.number))
-
-
-def raising(error):
-    def fail(*args, **options):
-        raise error
-    return fail
 
 
 class TestSavingFails:
@@ -2329,15 +2324,14 @@ class TestSavingFails:
         (None, "Ctrl-C"),
     ])
     def test_what_cannot_be_written_is_named_and_the_save_before_stays(
-            self, push, model, monkeypatch, part, message):
+            self, push, monkeypatch, part, message):
         before = contents(push.output_dir)
         with monkeypatch.context() as patch:
             if part == "the model":
                 usage = types.SimpleNamespace(total=10**9, used=10**9 - 100, free=100)
                 patch.setattr(shutil, "disk_usage", lambda path: usage)
-            else:
-                error = OSError("the vocabulary is gone") if part else KeyboardInterrupt(message)
-                patch.setattr(push.tokenizer, "between", raising(error))
+            error = OSError("the vocabulary is gone") if part else KeyboardInterrupt(message)
+            patch.setattr(push.tokenizer, "between", raising(error))
             match = rf"write {part} to .*{push.output_dir}: {message}" if part else message
             with pytest.raises(RuntimeError if part else KeyboardInterrupt, match=match):
                 push.on_epoch_end(1, {})
@@ -2361,95 +2355,48 @@ class TestSavingFails:
             push.on_epoch_end(1, {})
         assert contents(push.output_dir) == before
 
+    @pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="needs Linux")
     @BOTH
-    def test_a_snapshot_that_cannot_be_made_is_a_failed_push_only(
-            self, push, monkeypatch, model, caplog, strategy):
-        monkeypatch.setattr(kc, "FINAL_SECONDS", 0.1)
-        monkeypatch.setattr(kc, "BACKGROUND_SECONDS", 0.1)
-        (push.output_dir / "large.bin").write_bytes(bytes(9_000_000))
-        with largest_file(8_000_000):
-            push.on_train_end() if strategy == "no" else push.on_epoch_end(1, {})
-            assert "File too large" in str(push.last_job.exception(timeout=60))
-        assert "File too large" in caplog.text
+    def test_a_file_that_cannot_be_read_is_a_failed_push_only(self, push, caplog, strategy):
+        odd = push.output_dir / "odd.bin"
+        odd.symlink_to("/proc/self/mem")  # whose first byte nobody can read
+        assert "Input/output error" in str(end(push, strategy))
+        assert "Input/output error" in caplog.text
         assert_loads_back(push.output_dir, push.model)
-        saved(push, 2)
-        assert pushed(push)["large.bin"] == bytes(9_000_000)
-
-
-def once_training_waits(action):
-    """Calls the action, in a thread, when the main thread waits in on_train_end for something."""
-    main = threading.main_thread().ident
-
-    def is_waiting():
-        frames = traceback.walk_stack(sys._current_frames()[main])
-        stack = [(frame.f_code.co_name, frame.f_code.co_filename) for frame, _ in frames]
-        return stack[0][0] == "wait" and ("on_train_end", kc.__file__) in stack
-
-    def run():
-        while not is_waiting():
-            threading.Event().wait(0.01)  # looks again
-        action()
-    threading.Thread(target=run, daemon=True).start()
-
-
-def interrupt_once(event):
-    """Presses Ctrl-C when the training waits and the event is set."""
-    once_training_waits(lambda: event.wait(60) and os.kill(os.getpid(), signal.SIGINT))
+        odd.unlink()
+        assert end(push, strategy) is None
 
 
 class TestPushingGoesOn:
-    def test_a_terminal_that_lacks_a_letter_costs_nothing(self, model, tmp_path, repo, monkeypatch):
+    @each("path, end", [("modèle", "\n"), ("~/modèle", "\r\n"), ("./modèle", " ")])
+    def test_neither_the_terminal_nor_the_working_folder_nor_the_end_of_the_token_matters(
+            self, model, tmp_path, repo, monkeypatch, path, end):
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.chdir(tmp_path)
+        moving = FIRST.callbacks.LambdaCallback(on_train_begin=lambda logs: os.chdir("elsewhere"))
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
-        push = PushToHubCallback(tmp_path / "modèle", hub_model_id=repo, hub_token=WRITE)
-        fit_in_order(model, verbose=2, callbacks=[push])
+        push = PushToHubCallback(path, hub_model_id=repo, hub_token=WRITE + end)
+        fit_in_order(model, verbose=2, callbacks=[moving, push])
         assert push.last_job.exception() is None
         assert_pushed(push)
-
-    def test_an_upload_that_cannot_be_started_is_a_failed_one(
-            self, push, model, monkeypatch, caplog):
-        failures, start = [RuntimeError("can't start new thread")], threading.Thread.start
-
-        def start_later(thread):
-            if failures and sys._getframe(1).f_globals["__name__"] == "keras_callbacks":
-                raise failures.pop()
-            start(thread)
-        monkeypatch.setattr(threading.Thread, "start", start_later)
-        fit_in_order(model, callbacks=[push])
-        ((level, message),) = logged(caplog)
-        assert level == "WARNING" and "can't start new thread" in message
-        assert commits(push) == ["End of training"]
+        assert push.output_dir == tmp_path / "modèle"
+        assert_loads_back(push.output_dir, model)
+        assert not list((tmp_path / "elsewhere").iterdir())
 
     def test_a_remark_of_the_hub_on_a_card_fails_no_push(self, push):
         remark = {"errors": [], "warnings": [{"message": "empty or missing yaml metadata"}]}
         hub.add_fault("yaml", 200, times=1000, body=json.dumps(remark).encode())
-        push.on_train_end()  # here warnings are errors, as with `python -W error`
-        assert push.last_job.exception() is None
+        assert end(push, "no") is None  # warnings are errors here, as with `python -W error`
         assert_pushed(push)
 
-    def test_an_ordinary_run_ends_without_a_line_in_any_log(self, push, model, caplog):
-        logger = logging.getLogger("huggingface_hub")  # which passes nothing on
-        logger.addHandler(caplog.handler)
-        try:
-            fit_in_order(model, epochs=2, callbacks=[push, awaiting(push)])
-        finally:
-            logger.removeHandler(caplog.handler)
+    def test_an_ordinary_run_leaves_no_line_in_a_log_and_no_files(self, push, caplog, monkeypatch):
+        monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
+        fit_in_order(push.model, epochs=20, callbacks=[push])  # uploads end while saves begin
+        push.on_train_end()  # what the Hub has already
         assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == []
-
-    def test_a_changed_working_folder_breaks_nothing(self, model, tmp_path, repo, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        (tmp_path / "elsewhere").mkdir()
-        push = PushToHubCallback(repo, hub_token=WRITE)
-        assert push.output_dir == tmp_path / repo
-        moving = FIRST.callbacks.LambdaCallback(on_train_begin=lambda logs: os.chdir("elsewhere"))
-        fit_in_order(model, callbacks=[moving, push])
-        assert_pushed(push)
-        assert_loads_back(tmp_path / repo, model)
-        assert not list((tmp_path / "elsewhere").iterdir())
-
-    def test_a_tilde_is_the_home(self, tmp_path, monkeypatch):
-        monkeypatch.setenv("HOME", str(tmp_path))
-        monkeypatch.chdir(tmp_path)
-        assert PushToHubCallback("~/model", hub_token=WRITE).output_dir == tmp_path / "model"
+        assert len(commits(push)) > 2
+        assert not leftovers(push.output_dir)
 
     @each("name", ["my model", "a--b", "x" * 97, "model.git"])
     def test_a_name_that_the_hub_refuses_makes_no_folder(self, tmp_path, name):
@@ -2466,25 +2413,6 @@ class TestPushingGoesOn:
             assert sorted(os.listdir(other)) == ["state.json", "state.npz"]
             assert load_repo_checkpoint(small_model(FIRST), push.output_dir) == {"epoch": 0}
 
-    @each("stage", ["info", "preupload", "lfs"])
-    def test_a_snapshot_that_was_removed_is_never_called_pushed(
-            self, push, stage, monkeypatch, caplog):
-        monkeypatch.setattr(kc, "FINAL_SECONDS", 0.1)
-        fault = hub.add_fault(stage, "wait")
-
-        def clean():  # what `git clean -fdx` does
-            fault.reached.wait(60)
-            folders = [path for path in leftovers(push.output_dir) if path.is_dir()]
-            for path in folders:
-                shutil.rmtree(path)
-            assert folders
-            fault.release.set()
-        threading.Thread(target=clean, daemon=True).start()
-        push.on_train_end()
-        made = hub.repos[push.hub_model_id][1:]  # with the whole model, where it was sent by then
-        assert all(WEIGHTS in commit["files"] for commit in made)
-        assert [level for level, _ in logged(caplog)] == ["ERROR"] * (1 - len(made))
-
     def test_a_lock_of_the_users_on_the_folder_is_not_waited_for(self, push):
         fcntl = pytest.importorskip("fcntl")
         held = os.open(push.output_dir, os.O_RDONLY)
@@ -2497,25 +2425,21 @@ class TestPushingGoesOn:
         os.close(held)
 
     @ON_TF  # layers of TensorFlow
-    @each("kind", ["text", "a variable of unknown size"])
-    @each("checkpoint", [False, True])
-    def test_no_estimate_stops_what_can_be_saved(self, keras, tmp_path, kind, checkpoint):
-        class Remembering(keras.layers.Layer):
+    def test_no_estimate_stops_what_can_be_saved(self, keras, tmp_path):
+        class Remembering(keras.layers.Layer):  # in a variable of unknown size
             def __init__(self, **options):
                 super().__init__(**options)
                 self.memory = tf.Variable(tf.ones((2, 4)), shape=(None, 4), trainable=False)
 
             def call(self, inputs):
                 return inputs + tf.reduce_sum(self.memory)
-        x, layers = X, [keras.layers.Input((4,)), Remembering()]
-        if kind == "text":
-            x = tf.constant([f"a {'b ' * (i % 3)}" for i in range(22)])
-            words = keras.layers.TextVectorization(output_sequence_length=4)
-            words.adapt(x)
-            layers = [words, keras.layers.Embedding(9, 2), keras.layers.GlobalAveragePooling1D()]
-        model = keras.Sequential([*layers, keras.layers.Dense(3, activation="softmax")])
+        words = keras.layers.TextVectorization(output_sequence_length=4)
+        x = tf.constant([f"a {'b ' * (i % 3)}" for i in range(22)])
+        words.adapt(x)
+        layers = [words, keras.layers.Embedding(9, 2), keras.layers.GlobalAveragePooling1D()]
+        layers += [Remembering(), keras.layers.Dense(3, activation="softmax")]
+        model, push = keras.Sequential(layers), pushing(tmp_path, checkpoint=True)
         model.compile("adam", LOSS)
-        push = pushing(tmp_path, checkpoint=checkpoint)
         model.fit(x, Y, verbose=0, callbacks=[push])
         with keras.saving.custom_object_scope({"Remembering": Remembering}):
             loaded = load(keras, downloaded(push))
@@ -2525,8 +2449,7 @@ class TestPushingGoesOn:
     def test_a_gitignore_may_keep_out_what_is_no_part_of_the_model(self, push, pattern, caplog):
         hub.commit(push.hub_model_id, "Create .gitignore", {".gitignore": pattern.encode()})
         (push.output_dir / "run.log").write_text("x")
-        push.on_train_end()
-        assert (push.last_job.exception() is None) is (pattern == "*.log")
+        assert (end(push, "no") is None) is (pattern == "*.log")
         if pattern == "*.log":
             assert_pushed(push)
         else:
@@ -2534,32 +2457,9 @@ class TestPushingGoesOn:
 
     def test_a_name_that_is_no_text_is_left_out_with_a_warning(self, push, caplog):
         pathlib.Path(os.fsdecode(os.fsencode(push.output_dir) + b"/caf\xe9.txt")).write_text("x")
-        push.on_train_end()
-        assert push.last_job.exception() is None
+        assert end(push, "no") is None
         assert_pushed(push)
         assert "caf" in " ".join(message for _, message in logged(caplog))
-
-    @each("end", ["\n", "\r\n", " "])
-    def test_a_token_read_from_a_file_with_its_line_break_works(self, model, tmp_path, repo, end):
-        push = PushToHubCallback(tmp_path / repo, hub_token=WRITE + end)
-        fit_in_order(model, callbacks=[push])
-        assert push.last_job.exception() is None
-
-    def test_training_in_a_thread_after_the_main_thread_tries_again(self, repo, tmp_path):
-        hub.add_fault("commit", 503)
-        code = f"""
-import pathlib, threading, test_keras_callbacks as tests
-push = tests.pushing(pathlib.Path({str(tmp_path)!r}), {repo!r}, save_strategy="no")
-tests.begin(push, tests.small_model(tests.FIRST))
-
-def end():
-    threading.main_thread().join()
-    push.on_train_end()
-
-threading.Thread(target=end).start()
-"""
-        children((code, {}))
-        assert hub.commits(f"user/{repo}") == ["End of training"]
 
     def test_training_in_a_thread_saves_in_the_same_format(self, keras, tmp_path):
         model, push = small_model(keras), pushing(tmp_path)
@@ -2568,174 +2468,133 @@ threading.Thread(target=end).start()
         assert_pushed(push, keras=keras, x=X)
         assert keras in KERAS3 or zipfile.is_zipfile(push.output_dir / "model.keras")
 
+    def test_the_interpreter_exits_after_uploads_that_run_or_are_awaited_but_no_hopeless_ones(
+            self, tmp_path, monkeypatch):
+        code = f"""
+import pathlib, threading, test_keras_callbacks as tests
+tests.kc.FIRST_WAIT = tests.kc.LONGEST_WAIT = tests.kc.BACKGROUND_SECONDS = 1e5
+model, folder = tests.small_model(tests.FIRST), pathlib.Path({str(tmp_path)!r})
+model.optimizer.build(model.trainable_variables)
+pushes = [tests.pushing(folder, name, checkpoint=True) for name in ("running", "hopeless", "final")]
+for push in pushes:
+    tests.begin(push, model)
+for push in pushes[:2]:
+    push.on_epoch_end(0)
+
+def end():
+    threading.main_thread().join()
+    push.on_train_end()
+    print("all but one", flush=True)
+
+push = pushes[2]
+threading.Thread(target=end).start()
+"""
+        stages = {
+            "running": "POST /user/running.git/info/lfs",
+            "hopeless": "GET /api/models/user/hopeless",
+            "final": "POST /api/models/user/final/commit",
+        }
+        monkeypatch.setattr(hub, "STAGES", {**stages, **hub.STAGES})
+        running, hopeless = hub.add_fault("running", "wait"), hub.add_fault("hopeless", 503, 10**6)
+        hub.add_fault("final", 503, headers={"Retry-After": "1"})
+        with start_child(code) as child:
+            try:
+                assert running.reached.wait(60)
+                assert "all but one\n" in iter(child.stdout.readline, "")
+                running.release.set()
+                assert child.wait(60) == 0
+            finally:
+                child.kill()
+        assert hopeless.reached.is_set() and hub.commits("user/hopeless") == []
+        assert asked("final") == 2 and hub.commits("user/final") == ["End of training"]
+        assert sum(hub.is_lfs(name) for name in on_hub("running")) == 2
+        assert assert_one_save(download(tmp_path / "downloaded", "running")) == 0
+
 
 class TestLastStateWins:
-    def test_an_interrupted_final_upload_never_overtakes_a_newer_callback(
-            self, model, tmp_path, repo, monkeypatch, clock):
-        monkeypatch.setattr(kc, "FINAL_SECONDS", 1000.0)
-        waiting, let_go = threading.Event(), threading.Event()
-
-        def stand_still(event):
-            waiting.set()
-            while not (event.is_set() or let_go.is_set()):
-                event.wait(0.01)
-        clock.meanwhile = stand_still
-        old = pushing(tmp_path, repo, save_strategy="no")
+    @each("older", ["an epoch's", "a final one of a callback that was interrupted"])
+    def test_an_older_state_that_is_being_tried_again_makes_way_for_a_newer_one(
+            self, push, model, repo, clock, older):
+        waiting, newer = threading.Event(), push
+        clock.meanwhile = lambda event: waiting.set() or event.wait(60)
         hub.add_fault("commit", 503)
-        interrupt_once(waiting)
-        with pytest.raises(KeyboardInterrupt):
-            fit_in_order(model, callbacks=[old])
-        new = pushing(tmp_path, repo, save_strategy="no")
-        fit_in_order(model, callbacks=[new])
-        let_go.set()
-        concurrent.futures.wait([old.last_job], 60)
-        assert_pushed(new)
+        if older == "an epoch's":
+            push.on_epoch_end(0)
+            assert waiting.wait(60)
+        else:
+            interrupt_once(waiting)
+            with pytest.raises(KeyboardInterrupt):
+                push.on_train_end()
+            newer = pushing(push.output_dir.parent, repo, save_strategy="no")
+        job = push.last_job
+        fit_in_order(model, callbacks=[newer])
+        concurrent.futures.wait([job], 120)
+        assert commits(push) == ["End of training"]
+        assert_pushed(newer)
 
-    def test_uploads_of_two_callbacks_to_one_repository_never_overlap(self, model, tmp_path, repo):
-        one, two = pushing(tmp_path, repo), pushing(tmp_path, repo)
-        fault = hub.add_fault("lfs", "wait")
-        begin(one, model)
-        one.on_epoch_end(0, {})
+    def test_the_wait_for_an_upload_of_another_callback_is_announced_and_hurts_neither(
+            self, push, model, repo, capfd):
+        fault, said = hub.add_fault("lfs", "wait"), []
+        push.on_epoch_end(0)
         assert fault.reached.wait(60)
-        once_training_waits(fault.release.set)
-        fit_in_order(model, callbacks=[two])  # waits for the older one at its end
-        one.last_job.exception(timeout=60)
-        assert_pushed(two)
-        assert commits(two) == ["Training in progress, epoch 0", "End of training"]
+        once_training_waits(lambda: (said.append(capfd.readouterr().out), fault.release.set()))
+        other = pushing(push.output_dir.parent, repo)
+        fit_in_order(model, verbose=2, callbacks=[other])
+        assert push.hub_model_id in said[0]
+        assert commits(push) == ["Training in progress, epoch 0", "End of training"]
+        assert assert_one_save(downloaded(push, 1)) == 0
+        assert_pushed(other)
+        assert not leftovers(push.output_dir)
 
-    @each("stage", ["info", "preupload", "lfs", "commit"])
-    @each("name", [WEIGHTS, "README.md"])
-    def test_a_file_that_is_changed_in_place_is_never_committed_torn(self, tmp_path, stage, name):
-        model, push, fault = small_model(FIRST), pushing(tmp_path), hub.add_fault(stage, "wait")
-
-        def overwrite(epoch):
-            assert fault.reached.wait(60)
+    @each("stage, name", [
+        *itertools.product(["info", "preupload", "lfs"], [WEIGHTS, "README.md", "all files"]),
+        ("commit", WEIGHTS),
+        ("commit", "README.md"),
+    ])
+    def test_a_snapshot_that_is_changed_or_removed_is_neither_committed_torn_nor_called_pushed(
+            self, push, caplog, stage, name):
+        fault = hub.add_fault(stage, "wait")
+        push.on_epoch_end(0, {"loss": 1.0})
+        assert fault.reached.wait(60)
+        if name == "all files":  # as `git clean -fdx` does
+            (folder,) = (path for path in leftovers(push.output_dir) if path.is_dir())
+            shutil.rmtree(folder)
+        else:
             with (push.output_dir / name).open("r+b") as file:
                 file.seek(900)
                 file.write(b"torn" * 8)
-            fault.release.set()
-            push.last_job.exception(timeout=60)
-        fit_in_order(model, callbacks=[push, at_epoch_end(overwrite)])
-        for index in range(1, len(commits(push)) + 1):
-            assert b"torn" * 8 not in on_hub(index=index)[name]
-        assert_pushed(push)
-
-    def test_ctrl_c_in_the_wait_for_an_older_upload_leaves_nothing_behind(
-            self, push, model, caplog):
-        fault = hub.add_fault("lfs", "wait")
-        interrupt_once(fault.reached)
-        with pytest.raises(KeyboardInterrupt):
-            fit_in_order(model, callbacks=[push])
-        assert re.search(rf"final state(.|\n)*upload {push.hub_model_id} ", caplog.text)
         fault.release.set()
-        push.last_job.exception(timeout=60)
-        assert not leftovers(push.output_dir)
-        fit_in_order(model, callbacks=[push])
-        assert_pushed(push)
-
-    def test_the_wait_for_an_older_upload_is_announced(self, push, model, capfd):
-        fault, said = hub.add_fault("lfs", "wait"), []
-        once_training_waits(lambda: (said.append(capfd.readouterr().out), fault.release.set()))
-        fit_in_order(model, verbose=2, callbacks=[push])
-        assert push.hub_model_id in said[0]
-
-
-class TestTimeLimits:
-    @pytest.fixture
-    def clock(self, monkeypatch, clock):
-        """The constants of the module as they are, and a Hub that is down until `up_at`."""
-        constants = {"FIRST_WAIT": 1, "BACKGROUND_SECONDS": 60, "FINAL_SECONDS": 300}
-        for name, value in constants.items():
-            monkeypatch.setattr(kc, name, float(value))
-        clock.up_at = math.inf
-        clock.meanwhile = lambda event: setattr(hub, "down", hub.down and clock.seconds < clock.up_at)
-        return clock
-
-    @each("when, up_at", [("final", 299.9), ("background", 59.9)])
-    def test_a_hub_that_comes_back_within_the_limit_gets_the_state(self, push, clock, when, up_at):
-        hub.down, clock.up_at = True, up_at
-        push.on_epoch_end(0, {}) if when == "background" else push.on_train_end()
-        assert push.last_job.exception(timeout=60) is None
-        assert up_at <= clock.seconds < {"final": 301, "background": 61}[when]
-        assert_pushed(push)
-
-    def test_a_limit_of_the_hubs_own_is_told_as_what_it_is(self, push, monkeypatch, caplog):
-        monkeypatch.setattr(kc, "FINAL_SECONDS", 1.0)
-        hub.add_fault("preupload", 429, times=1000, headers={"Retry-After": "1"})
+        failed = push.last_job.exception(timeout=60) is not None
+        made = hub.repos[push.hub_model_id][1:]  # with the whole model, where it was sent by then
+        assert all(WEIGHTS in commit["files"] for commit in made)
+        assert b"torn" * 8 not in b"".join(b"".join(commit["files"].values()) for commit in made)
+        assert (made or failed) and ("epoch 0" in caplog.text) is failed
         push.on_train_end()
-        ((level, message),) = logged(caplog)
-        assert level == "ERROR" and "429" in message
-
-    def test_a_retry_after_is_honoured_where_the_client_waits_itself(self, push, monkeypatch):
-        monkeypatch.setattr(kc, "FINAL_SECONDS", 60.0)
-        hub.add_fault("preupload", 429, headers={"Retry-After": "5"})
-        asked_at, handle = [], hub.handle
-
-        def note(request):
-            asked_at.extend([time.monotonic()] if "/preupload/" in request.path else [])
-            handle(request)
-        monkeypatch.setattr(hub, "handle", note)
-        push.on_train_end()
-        assert push.last_job.exception() is None
-        assert asked_at[1] - asked_at[0] >= 5
-
-    @each("fault, error, match", [
-        (("create", 503, 2), None, None),
-        (("create", 403, 1000), huggingface_hub.utils.HfHubHTTPError, "403"),
-        (None, ConnectionError, re.escape(f"{HUB_URL or hub.url}")),
-    ], ids=["comes back", "refuses", "down"])
-    def test_a_repository_is_created_by_a_hub_that_comes_back_or_the_error_names_it(
-            self, tmp_path, clock, fault, error, match):
-        hub.down = fault is None
-        fault = fault and hub.add_fault(*fault)
-        with pytest.raises(error, match=match) if error else contextlib.nullcontext():
-            pushing(tmp_path)
-        assert ("user/model" in hub.repos) is (error is None)
-        assert (asked("create") == 1) is (match == "403")
-        assert clock.seconds == 0 if match == "403" else 1 < clock.seconds < 60
-
-
-def unsaveable(keras, kind, has_turned=lambda: True):
-    """A model a part of which refuses to be saved, or does so once it has turned."""
-
-    class Stubborn(keras.layers.Layer):
-        def call(self, inputs):
-            return inputs
-
-        def get_config(self):
-            if has_turned():
-                raise NotImplementedError("no config of mine")
-            return super().get_config()
-
-    class Holding(Stubborn):
-        def get_config(self):
-            return {"thing": threading.Lock()}
-
-    fail = raising(NotImplementedError("no config of mine"))
-    rate = type("Rate", (keras.optimizers.schedules.LearningRateSchedule,), {"__call__": lambda *_: 0.1})
-    loss = type("StubbornLoss", (keras.losses.SparseCategoricalCrossentropy,), {"get_config": fail})
-    layer = {"layer": Stubborn, "thing": Holding}.get(kind, keras.layers.Flatten)()
-    dense = keras.layers.Dense(3, activation="softmax")
-    model = keras.Sequential([keras.layers.Input((4,)), layer, dense])
-    optimizer = keras.optimizers.Adam(rate() if kind == "schedule" else 0.1)
-    model.compile(optimizer, loss() if kind == "loss" else LOSS)
-    return model
+        assert_pushed(push)
 
 
 class TestWhatCannotBeSaved:
-    @BOTH
-    @each("kind", ["layer", "thing", "schedule", "loss"])
-    def test_is_refused_before_the_first_batch(self, keras, tmp_path, kind, strategy):
+    @each("part, strategy", [
+        ("layer", "epoch"), ("thing", "no"), ("schedule", "epoch"), ("loss", "no"),
+    ])
+    def test_is_refused_before_the_first_batch(self, keras, tmp_path, part, strategy):
+        rate = keras.optimizers.schedules.ExponentialDecay(0.1, 1, 0.9)
+        model, loss = small_model(keras), keras.losses.SparseCategoricalCrossentropy()
+        stubborn = {"schedule": rate, "loss": loss}.get(part, model.layers[-1])
+        stubborn.get_config = raising(NotImplementedError("no config of mine"))
+        if part == "thing":
+            stubborn.get_config = lambda: {"thing": threading.Lock()}
+        model.compile(keras.optimizers.Adam(rate), loss)
         batches, push = [], pushing(tmp_path, save_strategy=strategy)
         count = keras.callbacks.LambdaCallback(on_train_batch_end=lambda n, logs: batches.append(n))
         with pytest.raises(RuntimeError, match="(?i)config|serial|lock"):
-            fit_in_order(unsaveable(keras, kind), callbacks=[count, push])
+            fit_in_order(model, callbacks=[count, push])
         assert batches == [] and contents(push.output_dir) == {}
 
     def test_the_weights_are_rescued_when_the_last_save_fails(self, keras, tmp_path):
-        turned = []
-        model, other = (unsaveable(keras, "layer", lambda: turned) for _ in range(2))
-        turn, push = at_epoch_end(turned.append, keras), pushing(tmp_path, save_strategy="no")
+        model, other, fail = small_model(keras), small_model(keras), raising(NotImplementedError())
+        turn = at_epoch_end(lambda epoch: setattr(model.layers[-1], "get_config", fail), keras)
+        push = pushing(tmp_path, save_strategy="no")
         with pytest.raises(RuntimeError, match="rescued_weights.npz") as raised:
             fit_in_order(model, epochs=2, callbacks=[turn, push])
         path = push.output_dir / "rescued_weights.npz"
@@ -2747,196 +2606,111 @@ class TestWhatCannotBeSaved:
 
 class TestSlowUploads:
     @each("stage", ["info", "lfs", "commit"])
-    def test_training_goes_on_and_no_commit_is_torn(self, push, model, stage):
-        fault, local = hub.add_fault(stage, "wait"), []
-        look = lambda epoch: local.append([assert_one_save(push.output_dir), *commits(push)])
-        release = FIRST.callbacks.LambdaCallback(on_train_end=lambda logs: fault.release.set())
-        fit_in_order(model, epochs=10, callbacks=[release, push, at_epoch_end(look)])
-        assert local == [[epoch] for epoch in range(10)]
-        assert commits(push) == ["Training in progress, epoch 0", "End of training"]
+    def test_training_goes_on_and_each_commit_is_one_whole_save_the_newest(self, push, stage):
+        fault, seen = hub.add_fault(stage, "wait"), []
+
+        def look(epoch):
+            seen.append([assert_one_save(push.output_dir), *commits(push)])
+            if epoch == 3:
+                fault.release.set()
+                push.last_job.result(timeout=60)
+                once_training_waits(hub.add_fault(stage, "wait").release.set)
+        fit_in_order(push.model, epochs=6, callbacks=[push, at_epoch_end(look)])
+        progress = [f"Training in progress, epoch {epoch}" for epoch in (0, 4)]
+        assert seen == [[0], [1], [2], [3], [4, progress[0]], [5, progress[0]]]
+        assert commits(push) == [*progress, "End of training"]
+        assert [assert_one_save(downloaded(push, index)) for index in (1, 2, 3)] == [0, 4, 5]
         assert_pushed(push)
-        assert assert_one_save(downloaded(push, 1)) == 0
-        assert assert_one_save(downloaded(push, 2)) == 9
-
-    def test_the_next_save_after_a_slow_upload_takes_the_newest_state(self, push):
-        fault = hub.add_fault("lfs", "wait")
-        for epoch in range(3):
-            push.on_epoch_end(epoch, {"loss": 1.0})
-        fault.release.set()
-        push.last_job.result(timeout=60)
-        for epoch in (3, 4):
-            saved(push, epoch)
-        progress = [f"Training in progress, epoch {epoch}" for epoch in (0, 3, 4)]
-        assert commits(push) == progress
-        assert [assert_one_save(downloaded(push, index)) for index in (1, 2, 3)] == [0, 3, 4]
-
-    def test_an_older_state_that_is_being_tried_again_makes_way_for_the_final_one(
-            self, push, model, monkeypatch, clock):
-        monkeypatch.setattr(kc, "FIRST_WAIT", 100.0)
-        monkeypatch.setattr(kc, "BACKGROUND_SECONDS", 1000.0)
-        waiting = threading.Event()
-        clock.meanwhile = lambda event: waiting.set() or event.wait(60)
-        hub.add_fault("commit", 503)
-        fit_in_order(model, callbacks=[push, at_epoch_end(lambda epoch: waiting.wait(60))])
-        assert commits(push) == ["End of training"]
-        assert_pushed(push)
-
-    def test_uploads_that_end_while_saves_begin_do_not_break_them(self, push, model):
-        jobs = set()
-        note = at_epoch_end(lambda epoch: jobs.add(push.last_job))
-        fit_in_order(model, epochs=40, callbacks=[push, note])
-        assert len(jobs) > 1
-        assert [job.exception() for job in jobs] == [None] * len(jobs)
-        assert not leftovers(push.output_dir)
-
-    def test_a_save_leaves_the_files_of_an_upload_that_runs(self, push, model):
-        fault = hub.add_fault("info", "wait")
-        push.on_epoch_end(0, {"loss": 1.0})
-        assert fault.reached.wait(60)
-        other = PushToHubCallback(push.output_dir, hub_model_id="other", hub_token=WRITE)
-        fit_in_order(model, callbacks=[other])
-        assert_pushed(other)
-        fault.release.set()
-        push.last_job.result(timeout=60)
-        assert assert_one_save(downloaded(push)) == 0
-        assert not leftovers(push.output_dir)
 
 
 class TestInterrupts:
-    @each("error", [ZeroDivisionError, KeyboardInterrupt])
+    @each("when", ["a callback fails", "Ctrl-C in training", "Ctrl-C in the wait at its end"])
     def test_an_interrupted_fit_leaves_the_folder_whole_and_the_callback_usable(
-            self, push, model, error):
-        fault = hub.add_fault("lfs", "wait")
+            self, push, model, caplog, when):
+        error = ZeroDivisionError if when == "a callback fails" else KeyboardInterrupt
         stop = at_epoch_end(lambda epoch: epoch == 1 and raising(error)())
+        fault, at_end = hub.add_fault("lfs", "wait"), when.endswith("end")
+        if at_end:
+            interrupt_once(fault.reached)
         with pytest.raises(error):
-            fit_in_order(model, epochs=3, callbacks=[push, stop])
+            fit_in_order(model, epochs=2, callbacks=[push] if at_end else [push, stop])
+        told = re.search(rf"final state(.|\n)*upload {push.hub_model_id} ", caplog.text)
+        assert (told is not None) is at_end
         assert assert_one_save(push.output_dir) == 1
         fault.release.set()
         push.last_job.result(timeout=60)
         assert commits(push) == ["Training in progress, epoch 0"]
+        assert not leftovers(push.output_dir)
         fit_in_order(model, callbacks=[push])
         assert len(push.training_history) == 1
         assert_pushed(push)
-        assert not leftovers(push.output_dir)
 
-    @each("place", [(os, "link"), (threading.Thread, "start")], ids=str)
-    def test_an_interrupt_while_an_upload_begins_does_not_hold_up_the_next_one(
-            self, push, model, monkeypatch, place):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(*place, raising(KeyboardInterrupt()))
-            push.on_epoch_end(0, {})
+    @each("place, error", [
+        ((os, "link"), KeyboardInterrupt),
+        ((threading.Thread, "start"), KeyboardInterrupt),
+        ((threading.Thread, "start"), RuntimeError),
+    ])
+    def test_an_upload_that_cannot_begin_does_not_hold_up_the_next_one(
+            self, push, model, monkeypatch, caplog, place, error):
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(*place, raising(error("can't start")))
+            push.on_epoch_end(0)
+            assert error is RuntimeError
+            ((level, message),) = logged(caplog)
+            assert level == "WARNING" and "can't start" in message
         fit_in_order(model, callbacks=[push])
         assert_pushed(push)
         assert not leftovers(push.output_dir)
 
 
-def train_constants(folder, run, moment=None, epochs=2):
-    """Weights are the run's number and, in the hundredths, the epoch; dies at its last moment."""
-    model, tokenizer = small_model(FIRST), Tokenizer(run)
-    model.optimizer.build(model.trainable_variables)
-    push = pushing(folder.parent, folder.name, checkpoint=True, tokenizer=tokenizer)
-    begin(push, model)
-    kill = functools.partial(os.kill, os.getpid(), signal.SIGKILL)
-    moments = {"while the checkpoint is written": ("open", 1), "before the first move": ("os.rename", 1)}
-    deadly, left = {**moments, "before the third move": ("os.rename", 3)}.get(moment, ("", 0))
+def train_and_die(folder, run, ready=None, event="", pattern="", left=0):
+    """Trains for two epochs, or until an audit event in the second save."""
+    push = pushing(folder.parent, folder.name, checkpoint=True, tokenizer=Tokenizer(run))
 
-    def watch(event, args):
+    def watch(happening, args):
         nonlocal left
-        left -= event == deadly and (event != "open" or "state.npz" in str(args[0]))
-        if event == deadly and left == 0:
-            kill()
-    for epoch in range(epochs):
-        if epoch == 1 and moment == "between two files":
-            tokenizer.between = kill
-        elif epoch == 1:
+        left -= happening == event and bool(re.search(pattern, str(args)))
+        if happening == event and left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def arm(epoch):
+        if ready and ready.wait(60):
             sys.addaudithook(watch)
-        model.set_weights([np.full(w.shape, run + epoch / 100) for w in model.get_weights()])
-        push.on_epoch_end(epoch, {"loss": 1.0})
-    push.on_train_end()
-
-
-def constant_of(model):
-    """The number that all weights are."""
-    (number,) = set(np.concatenate([weight.ravel() for weight in model.get_weights()]).tolist())
-    return number
+    fit_in_order(small_model(FIRST), epochs=2, callbacks=[push, at_epoch_end(arm)])
 
 
 class TestKill:
     __test__ = BACKEND == "tensorflow" and hasattr(os, "fork")
 
-    @pytest.fixture(scope="class")
-    @classmethod
-    def context(cls):
-        """Makes processes by forking one that has imported TensorFlow and made nothing of it."""
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("STAND_IN_HUB", hub.url)
-            patch.setenv("PYTHONPATH", str(HERE))
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["tensorflow", "keras", "tf_keras"])
-            yield context
-
-    @staticmethod
-    def run(context, *arguments, until=None):
-        """The exit code of a process that trains, to its end or until the event."""
-        process = context.Process(target=train_constants, args=arguments)
-        process.start()
-        if until is not None:
-            assert until.wait(60)
-            process.kill()
-        process.join(180)
-        return process.exitcode
-
-    MOMENTS = ["between two files", "while the checkpoint is written", "before the first move"]
-
-    @each("moment", [*MOMENTS, "before the third move", "while it is uploaded"])
-    def test_a_kill_leaves_whole_files_and_the_next_run_finishes(
-            self, context, tmp_path, repo, moment):
-        folder, until, epochs = tmp_path / repo, None, 2
-        if moment == "while it is uploaded":
-            until, epochs = hub.add_fault("commit", "wait").reached, 1
-        assert self.run(context, folder, 1, moment, epochs, until=until) == -signal.SIGKILL
-        assert leftovers(folder)  # of the dead one
-        assert {(folder / f"{a}_vocab.txt").read_text() for a in "ab"} == {"1"}
-        model, number = small_model(FIRST), constant_of(load(FIRST, folder))
-        if moment != "before the third move":  # when some files are of the second save
-            assert load_repo_checkpoint(model, folder) == {"epoch": 0}
-            assert constant_of(model) == 1 == number
-        assert self.run(context, folder, 2) == 0
+    @each("event, pattern, number", [("open", r"state\.json'\)?, 'w", 1), ("os.rename", "", 3)],
+          ids=["while the checkpoint is written", "before the third move"])
+    def test_a_kill_while_saving_and_pushing_leaves_whole_files_and_the_next_run_finishes(
+            self, tmp_path, repo, monkeypatch, event, pattern, number):
+        monkeypatch.setenv("STAND_IN_HUB", hub.url)
+        # Forks a process that has imported TensorFlow and made nothing of it.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tensorflow", "keras", "tf_keras"])
+        folder, ready, upload = tmp_path / repo, context.Event(), hub.add_fault("commit", "wait")
+        arguments = (folder, 1, ready, event, pattern, number)
+        killed = context.Process(target=train_and_die, args=arguments)
+        killed.start()
+        assert upload.reached.wait(60)
+        ready.set()
+        killed.join(180)
+        assert killed.exitcode == -signal.SIGKILL
+        upload.release.set()
+        assert leftovers(folder)
+        load(FIRST, folder)
+        if event == "open":  # before the first move
+            assert assert_one_save(folder) == 0
+            assert load_repo_checkpoint(small_model(FIRST), folder) == {"epoch": 0}
+        train_and_die(folder, 2)
         assert not leftovers(folder)
         assert assert_one_save(folder) == 1
-        assert constant_of(load(FIRST, folder)) == pytest.approx(2.01)
-        numbers = range(1, len(hub.repos[f"user/{repo}"]))
-        saves = [assert_one_save(download(tmp_path / str(i), repo, i)) for i in numbers]
-        assert saves[-1] == 1
-
-    LEAVING = """
-import pathlib, threading, test_keras_callbacks as tests
-{constants}
-push = tests.pushing(pathlib.Path({folder!r}), checkpoint=True)
-model = tests.small_model(tests.FIRST)
-tests.fit_in_order(model)
-tests.begin(push, model)
-push.on_epoch_end(0, {{"loss": 1.0}})
-tell = lambda: (threading.main_thread().join(), print("leaving", flush=True))
-threading.Thread(target=tell).start()
-"""
-
-    def test_a_running_upload_of_two_lfs_files_completes_at_interpreter_exit(self, tmp_path):
-        fault = hub.add_fault("lfs", "wait")
-        with start_child(self.LEAVING.format(folder=str(tmp_path), constants="")) as child:
-            assert fault.reached.wait(60)
-            assert "leaving\n" in iter(child.stdout.readline, "")
-            fault.release.set()
-            assert child.wait(60) == 0
-        assert sum(hub.is_lfs(name) for name in on_hub()) == 2
-        assert assert_one_save(download(tmp_path / "downloaded")) == 0
-
-    def test_interpreter_exit_does_not_wait_for_a_hub_that_is_down(self, tmp_path):
-        fault = hub.add_fault("commit", 503, times=10**6)
-        constants = "kc = tests.kc; kc.FIRST_WAIT = kc.LONGEST_WAIT = kc.BACKGROUND_SECONDS = 1e5"
-        children((self.LEAVING.format(folder=str(tmp_path), constants=constants), {}))
-        assert fault.reached.is_set()
-        assert hub.commits("user/model") == []
+        assert {(folder / f"{letter}_vocab.txt").read_text() for letter in "ab"} == {"2"}
+        for index in range(1, len(hub.repos[f"user/{repo}"])):
+            last = assert_one_save(download(tmp_path / str(index), repo, index))
+        assert last == 1
 
 
 # Ecosystems ----------------------------------------------------------------------------------
