@@ -665,19 +665,6 @@ class TestMetricFn:
         assert list(logs.values()) == expected
         assert list(map(type, logs.values())) == list(map(type, expected))
 
-    def test_the_arrays_are_fresh_and_writable_at_every_call(self):
-        seen = []
-
-        def spoil(predictions, labels):
-            seen.append(labels.copy())
-            labels[:] = predictions[:] = -100
-            return {}
-        callback = KerasMetricCallback(spoil, (X, Y), batch_size=32)
-        begin(callback, small_model(FIRST))
-        for epoch in range(2):
-            callback.on_epoch_end(epoch, {})
-        assert_equal(seen, [Y, Y])
-
 
 class TestLogs:
     def test_history_and_callbacks_listed_after_it_see_the_metrics_in_place_of_keras_own(
@@ -702,19 +689,16 @@ class TestLogs:
         warning = ("WARNING", "metric_fn replaces ['accuracy'] in the logs of this epoch.")
         assert [entry for entry in logged(caplog) if entry[0] == "WARNING"] == [warning]
 
-    @each(
-        "verbose, on_terminal, drawn",
-        [(1, True, True), ("auto", True, True), (0, True, False), (2, True, False), (1, 0, False)],
-    )
+    @each("verbose, tty, drawn", [(1, 1, 1), ("auto", 1, 1), (0, 1, 0), (2, 1, 0), (1, 0, 0)])
     def test_a_long_evaluation_draws_a_bar_on_a_terminal_and_wipes_it(
-            self, monkeypatch, verbose, on_terminal, drawn):
+            self, monkeypatch, verbose, tty, drawn):
         delays, terminal, tqdm = [], io.StringIO(), kc.tqdm
-        terminal.isatty = lambda: on_terminal
+        terminal.isatty = lambda: bool(tty)
         hurry = lambda *of, delay, **rest: delays.append(delay) or tqdm(*of, mininterval=0, **rest)
         monkeypatch.setattr(sys, "stderr", terminal)
         monkeypatch.setattr(kc, "tqdm", hurry)
         fit_in_order(small_model(FIRST), verbose=verbose, callbacks=[measuring([], batch_size=1)])
-        assert ("Evaluating" in terminal.getvalue()) is drawn
+        assert ("Evaluating" in terminal.getvalue()) == drawn
         assert not "".join(terminal.getvalue().split("\r")[-2:]).strip()
         assert delays == [2]
 
@@ -910,14 +894,16 @@ class TestPredictions:
         kernel, bias = model.get_weights()
         assert_close(received[0].predictions, X @ kernel + bias)
 
-    def test_outside_fit_they_are_of_the_model_and_the_weights_of_now(self, keras):
+    def test_outside_fit_they_are_fresh_arrays_of_the_model_and_the_weights_of_now(self, keras):
         received, model, other = [], small_model(keras), small_model(keras)
-        callback = measuring(received)
+        callback = measuring(received, batch_size=32)  # one batch, which need not be joined
         other.set_weights([w + 1 for w in other.get_weights()])
         for of_now in (model, model, other):
             callback.set_model(of_now)
             callback.on_epoch_end(0, {})
             np.testing.assert_allclose(received[-1].predictions, by_numpy(of_now), rtol=1e-5)
+            assert_equal(received[-1].labels, Y)
+            received[-1].predictions[:] = received[-1].labels[:] = -100
             of_now.set_weights([w * 2 for w in of_now.get_weights()])
 
     def test_a_deep_copy_works_like_the_original(self, keras, tmp_path):
@@ -1012,20 +998,21 @@ class TestAsPredict:
     """What users' code gets and gives is what it does in Keras' own predict of the data set."""
 
     @staticmethod
-    def step_on_pairs(self, data):
-        x, y, *weights = data
-        return self(x) + y * (1 + len(weights))
-
-    @each("options", [{}, {"run_eagerly": True}, {"steps_per_execution": 3}])
-    def test_a_predict_step_gets_the_whole_element(self, keras, options):
-        model = own_model(keras, predict_step=self.step_on_pairs)
-        model.compile("sgd", "mse", **options)
-        received = assert_as_predict(model, in_batches(X, TARGETS, np.ones(22, "float32")))
-        np.testing.assert_array_equal(received.labels, TARGETS)
+    def step_on_all(self, data):
+        x, y, weights = data
+        return self(x) + y * 2 * weights[:, None]
 
     @each("where", ["class", "instance"])
-    @each("method", ["predict_step", "make_predict_function", "predict", "predict_on_batch"])
-    def test_every_point_of_override_counts_as_it_does_in_predict(self, keras, method, where):
+    @each("method, options", [
+        ("predict_step", {}),
+        ("predict_step", {"run_eagerly": True}),
+        ("predict_step", {"steps_per_execution": 3}),
+        ("make_predict_function", {}),
+        ("predict", {}),
+        ("predict_on_batch", {}),
+    ])
+    def test_every_point_of_override_counts_as_it_does_in_predict(
+            self, keras, method, options, where):
         def make_predict_function(self, force=False):
             if self.predict_function is None or force:
                 step = keras.Model.make_predict_function(self, force) or self.predict_function
@@ -1033,15 +1020,17 @@ class TestAsPredict:
             return self.predict_function
 
         def predict(self, x, **options):
-            return keras.Model.predict(self, x.map(lambda x, y: (3 * x, y)), **options)
+            return keras.Model.predict(self, x.map(lambda x, *others: (3 * x, *others)), **options)
 
         def predict_on_batch(self, x):  # which predict does not call
             return keras.Model.predict_on_batch(self, x) * 2
-        function = {**locals(), "predict_step": self.step_on_pairs}[method]
+        function = {**locals(), "predict_step": self.step_on_all}[method]
         model = own_model(keras, **({method: function} if where == "class" else {}))
         if where == "instance":
             setattr(model, method, types.MethodType(function, model))
-        assert_as_predict(model, in_batches(X, TARGETS))
+        model.compile("sgd", "mse", **options)
+        received = assert_as_predict(model, in_batches(X, TARGETS, np.ones(22, "float32")))
+        assert_equal(received.labels, TARGETS)
 
     def test_a_predict_step_has_its_replica_context_and_needs_no_call(self, keras):
         def predict_step(self, data):
@@ -1070,25 +1059,19 @@ class TestAsPredict:
 class TestQuestions:
     """What a `generate` of one's own gets, and what it may return."""
 
-    @each("kind, config, options, padding", [
-        (list, {}, {}, -100),
-        (np.array, {"pad_token_id": 9}, {}, 9),
-        (tf.constant, {"pad_token_id": 9}, {"pad_token_id": 7}, 7),
-    ], ids=["lists", "arrays, token of the model", "tensors, token given to generate"])
-    def test_tokens_for_each_example_are_as_many_rows(self, keras, kind, config, options, padding):
-        generate = lambda self, x, **options: [kind([int(n)] * int(n)) for n in x]
-        model, counts = own_model(keras, generate=generate), np.array([1, 2, 3, 1, 2])
-        model.config = types.SimpleNamespace(**config)
-        data = {"predict_with_generate": True, "generate_kwargs": options}
-        received = evaluate(model, (counts, counts), batch_size=2, **data).predictions
-        expected = padded([np.array([n] * n) for n in counts], padding)
-        np.testing.assert_array_equal(received, expected)
-
-    def test_a_list_of_letters_for_each_example_is_that_many_rows(self, keras):  # as PARSeq reads
-        model = own_model(keras, generate=lambda self, x: [["a"] * int(n) for n in x])
-        data = (np.array([1, 2, 1]), np.zeros(3))
-        received = evaluate(model, data, batch_size=2, predict_with_generate=True)
-        assert received.predictions.tolist() == [["a", ""], ["a", "a"], ["a", ""]]
+    @each("tokens, config, options, padding", [
+        (lambda n: [n] * n, {}, {}, -100),
+        (lambda n: np.array([n] * n), {"pad_token_id": 9}, {}, 9),
+        (lambda n: tf.constant([n] * n), {"pad_token_id": 9}, {"pad_token_id": 7}, 7),
+        (lambda n: ["a"] * n, {}, {}, ""),  # as PARSeq reads
+    ], ids=["lists", "arrays, token of the model", "tensors, token given to generate", "letters"])
+    def test_tokens_for_each_example_are_a_row(self, keras, tokens, config, options, padding):
+        model = own_model(keras, generate=lambda self, x, **options: [tokens(int(n)) for n in x])
+        model.config, counts = types.SimpleNamespace(**config), np.array([1, 2, 3, 1, 2])
+        generation = {"predict_with_generate": True, "generate_kwargs": options}
+        received = evaluate(model, (counts, counts), batch_size=2, **generation).predictions
+        expected = [[*np.array(tokens(n)).tolist(), *[padding] * (3 - n)] for n in counts]
+        assert received.tolist() == expected
 
     @each("use_xla", [False, True])
     def test_text_in_text_out_and_xla_warns_that_it_has_no_effect(self, keras, caplog, use_xla):
