@@ -1084,8 +1084,8 @@ class TestQuestions:
         assert ("compile(jit_compile=True)" in caplog.text) is use_xla
 
     MASK = np.tile([1.0, 1.0, 1.0, 0.0], (22, 1)).astype("float32")
-    NAMED, ANSWERED = {"ids": X, "mask": MASK}, {"ids": X, "answer": X * 2}
-    NAMED = (NAMED, {**NAMED, "ids": X + 1})
+    ANSWERED = {"ids": X, "answer": X * 2}
+    NAMED = {"ids": X, "mask": MASK, "more": X}, {"ids": X + 1, "mask": MASK}
     masked = lambda self, x: x["ids"] * x["mask"]
     ids_only = lambda self, x: x["ids"] + x.get("answer", 0)
     TAKEN = {  # what generate does, data, options, expected predictions
