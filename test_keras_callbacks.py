@@ -3820,6 +3820,7 @@ class TestReadme:
 
     def test_the_quickstart_loads_back_a_model_with_the_same_f1(self, tmp_path, capsys):
         assert len(readme_block("load_digits").splitlines()) <= 30
+        FIRST.utils.set_random_seed(1)  # F1 differs by 0.04 among seeds
         names = run_readme_block("load_digits", tmp_path)
         last = float(re.search(r"F1 of the model loaded back: (.*)", capsys.readouterr().out)[1])
         assert names["history"].history["f1_macro"][-1] == pytest.approx(last)
