@@ -1014,7 +1014,7 @@ def _joined_dtype(arrays: list[Array], token: int) -> tuple[np.dtype[Any], int |
         return np.dtype(np.float32), PADDING
     padding = token if dtype.kind in "iu" else PADDING
     if len({array.shape[1:] for array in arrays}) > 1:
-        dtype = np.promote_types(np.int8 if dtype == bool else dtype, np.min_scalar_type(padding))
+        dtype = np.promote_types(dtype, np.min_scalar_type(padding))
     if dtype.kind == "f" and all(each.kind in "iu" for each in dtypes):
         # NumPy promotes uint64 and a signed type to float64, which would lose digits.
         fits = all(array.max(initial=0) < 2**63 for array in arrays)
@@ -1829,7 +1829,7 @@ def _adapt_card(push: PushToHubCallback, existing: str | Path, card: Path) -> bo
     Returns whether our card may take the place of the existing one.
     """
     text = Path(existing).read_text("utf-8", errors="replace")
-    metadata = r"\A\s*---\r?\n.*?^---[ \t]*(\r?\n|\Z)"
+    metadata = r"\A\s*---\n.*?^---[ \t]*(\n|\Z)"
     body = re.sub(metadata, "", text, flags=re.DOTALL | re.MULTILINE).strip()
     if body and not any(mark in body for mark in CARD_MARKS):
         if not push._has_warned_of_card:
