@@ -70,6 +70,7 @@ SLOWEST_LINK = 100_000  # bytes a second that this time is for
 CARD = "README.md"
 CHECKPOINT = "checkpoint/state.npz"
 STALE_CHECKPOINT = "checkpoint/stale.npz"  # older than the model beside it
+RESCUED = "rescued_weights.npz"  # of a model that could not be saved
 PRIVATE = ".keras_callbacks-"  # how the private folders of saves begin
 NEVER_PUSHED = """
     .* *.env *.pem *.key *.p12 *.pfx *.ppk id_rsa* id_dsa* id_ecdsa* id_ed25519* credentials*
@@ -971,8 +972,11 @@ def _concatenate(batches: list[Any], token: int = PADDING) -> Any:
     if first is None:
         return None
     if isinstance(first, dict):
-        if len(columns := {tuple(sorted(batch)) for batch in batches}) > 1:
-            raise ValueError(f"All batches must have the same columns, but received {columns}.")
+        columns = [sorted(batch) for batch in batches]
+        if odd := [names for names in columns if names != columns[0]]:
+            raise ValueError(
+                f"All batches must have the same columns, but received {columns[0]} and {odd[0]}."
+            )
         tokens = {name: token if name == "sequences" else PADDING for name in first}
         return {n: _concatenate([batch.pop(n) for batch in batches], tokens[n]) for n in tokens}
     if isinstance(first, tuple):
@@ -1182,12 +1186,13 @@ def _check_free_space(model: Any, with_checkpoint: bool, folder: Path) -> None:
 
 def _rescue_weights(model: Any, output_dir: Path) -> str:
     """Writes the weights alone where a model cannot be saved; returns what to tell the user."""
-    path = output_dir / "rescued_weights.npz"
+    path = output_dir / RESCUED
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         np.savez(path, *model.get_weights())
     except Exception:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
         return ""
     return f" The trained weights are in {path}: model.set_weights(list(numpy.load(...).values()))."
 
@@ -1717,7 +1722,7 @@ def _user_files(folder: Path, checkpoint: bool, warn: bool = False) -> tuple[lis
     cannot be pushed.
     """
     patterns = [form for name in NEVER_PUSHED for form in (name, f"*/{name}")]
-    patterns += [STALE_CHECKPOINT, *([] if checkpoint else [CHECKPOINT])]
+    patterns += [STALE_CHECKPOINT, RESCUED, *([] if checkpoint else [CHECKPOINT])]
     allowed: list[str] = []
     others: list[str] = []
     for parent, folders, files in os.walk(folder):
