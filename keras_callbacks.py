@@ -836,7 +836,7 @@ def _question(
             question = question["encoder_text"]  # KerasHub takes the dict with decoder_text only
         return question if _is_tensorflow(model) else _to_backend(question), {}
     answers = tf.nest.flatten(_labels_of(element, label_cols))
-    others = {n: inputs[n] for n in takes if n in inputs and n not in {main, *hidden}}
+    others = {n: inputs[n] for n in takes if n in inputs and n not in (main, "labels")}
     copies = {  # a class label, of rank 1, may equal an input by chance
         name
         for name, column in others.items()
@@ -847,7 +847,8 @@ def _question(
     return inputs[main], {
         name: column
         for name, column in others.items()
-        if not (name in copies or name.startswith("decoder_") or column.shape in shapes)
+        if name not in hidden | copies and column.shape not in shapes
+        if not name.startswith("decoder_")
     }
 
 

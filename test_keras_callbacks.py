@@ -17,6 +17,7 @@ import email.utils
 import fnmatch
 import fractions
 import functools
+import gc
 import hashlib
 import http.server
 import importlib.util
@@ -42,6 +43,7 @@ import time
 import traceback
 import types
 import urllib.parse
+import weakref
 import zipfile
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -1212,6 +1214,14 @@ class TestPush:
         assert_pushed(push, keras=keras, x=X)
         assert contents(push.output_dir) == {n: c for n, c in pushed(push).items() if n[0] != "."}
         assert not leftovers(push.output_dir)
+
+    def test_nothing_holds_on_to_a_model_that_was_pushed(self, keras, tmp_path):
+        model, push = small_model(keras), pushing(tmp_path)
+        fit_in_order(model, callbacks=[push])
+        held = weakref.ref(model)
+        del model, push
+        gc.collect()
+        assert held() is None
 
     # after batches 2, 3, 5, 6, 8, 9, 11, 12 with two steps in one execution; PyTorch knows but one
     STEPS = [(1, [5, 10]), (2, [5, 11])][: 1 if BACKEND == "torch" else 2]
@@ -2504,8 +2514,8 @@ def train_and_die(folder, run, ready=None, event="", pattern="", left=0):
 class TestKill:
     __test__ = BACKEND == "tensorflow" and hasattr(os, "fork")
 
-    @each("event, pattern, number", [("open", r"state\.json'\)?, 'w", 1), ("os.rename", "", 3)],
-          ids=["while the checkpoint is written", "before the third move"])
+    @each("event, pattern, number", [("open", r"README\.md'\)?, 'w", 1), ("os.rename", "", 3)],
+          ids=["after the checkpoint is written", "before the third move"])
     def test_a_kill_while_saving_and_pushing_leaves_whole_files_and_the_next_run_finishes(
             self, tmp_path, repo, monkeypatch, event, pattern, number):
         monkeypatch.setenv("STAND_IN_HUB", hub.url)
@@ -2849,6 +2859,14 @@ class TestTransformersQuestions:
             # Both models need autograph, which a first try finds out.
             assert len(traces) <= 2 and bool(traces) is compiles
         assert len({pair.predictions.tobytes() for pair in received}) == len(received)
+
+    def test_xla_fills_a_batch_up_to_the_largest_of_its_own_width(self):
+        model, shapes = tiny(GPT2), []
+        model.generate = lambda input_ids: shapes.append(tuple(input_ids.shape)) or input_ids
+        batches = [{"input_ids": np.ones(shape, "int32")} for shape in [(3, 4), (2, 9), (1, 9)]]
+        options = dict(predict_with_generate=True, use_xla_generation=True, label_cols=[])
+        assert evaluate(model, as_pipeline(batches), **options).predictions.shape == (6, 9)
+        assert shapes == [(3, 4), (2, 9)]
 
     STOPS = {"eos_token_id": [36, 21]}  # the first text ends with 21, the others of its batch later
     PADDING = {  # generate_kwargs, what the model's own generation config says, the padding
