@@ -179,7 +179,7 @@ class KerasMetricCallback(_AnyKerasCallback):
         self.predict_with_generate = predict_with_generate
         self.use_xla_generation = use_xla_generation
         self.generate_kwargs = dict(generate_kwargs or {})
-        self._replaced: set[str] = set()  # names in the logs that were already warned of
+        self._replaced: set[str] = set()  # metric names already warned about
         self._made_from: list[Any] = []  # what the compiled function depends on
         self._key: list[Any] = []  # the ids of these, and the settings when it was compiled
         self._compiled: Callable[..., Any] | None = None  # None where Keras' own `predict` runs
@@ -253,9 +253,9 @@ class KerasMetricCallback(_AnyKerasCallback):
         """Returns the outputs for one batch that Keras' own `predict` would give."""
         model, element = self.model, _choose_columns(self.model, element)
         inputs = _split(element)[0]
-        if self._compiled is not None:  # a tuple around a single tensor costs 6%
+        if self._compiled is not None:  # wrapping a single tensor in a tuple costs 6%
             outputs = self._compiled((inputs,) if isinstance(inputs, tuple) else inputs)
-        elif type(model).predict.__module__.startswith("keras_hub."):
+        elif getattr(model.predict, "__module__", "").startswith("keras_hub."):
             # Its `predict` would make a pipeline of the preprocessor anew for each batch: 3 s.
             parts = element if isinstance(element, tuple) else (element,)
             ready = tf.data.Dataset.from_tensors(model.preprocess_samples(*parts))
@@ -267,7 +267,7 @@ class KerasMetricCallback(_AnyKerasCallback):
         return _select_outputs(model, outputs, self.output_cols)
 
     def _generate_batch(self, element: Any) -> Any:
-        """Returns what `generate` makes of the inputs of one batch, the answers left out."""
+        """Returns what `generate` makes of one batch's inputs, with the answers withheld."""
         assert self._compiled is not None
         main, others = _question(self.model, self._main_input, element, self.label_cols)
         generated = self._compiled(main, **others)
@@ -282,8 +282,8 @@ class KerasMetricCallback(_AnyKerasCallback):
 class PushToHubCallback(_AnyKerasCallback):
     """Saves the model while it trains and pushes each save to the Hugging Face Hub.
 
-    Uploads run in the background. Training goes on during one; saves made meanwhile stay local, and
-    the next save after it is pushed. When training ends the final state is pushed and awaited.
+    Uploads run in the background. Training goes on meanwhile; saves made during an upload stay local,
+    and the next save after it is pushed. When training ends the final state is pushed and awaited.
     Whatever the Hub does, `fit` goes on, and `output_dir` holds the newest save, each file whole.
 
     ```python
@@ -293,7 +293,7 @@ class PushToHubCallback(_AnyKerasCallback):
 
     Args:
         output_dir: The folder that holds the newest save and is kept in sync with the repository.
-            It may exist and hold other files; they are pushed too, but for hidden ones and those
+            It may exist and hold other files; they are pushed too, except hidden ones and those
             named like secrets (`NEVER_PUSHED`).
         save_strategy: "epoch" saves at the end of each epoch, "steps" every `save_steps` batches,
             "no" only when training ends, which the other two do as well. Defaults to "epoch".
@@ -317,8 +317,8 @@ class PushToHubCallback(_AnyKerasCallback):
         NotADirectoryError: `output_dir` is a file.
         huggingface_hub.utils.HfHubHTTPError: The Hub refuses the token or the repository.
         ConnectionError: The Hub cannot be reached.
-        RuntimeError: The model cannot be saved, raised when training begins where that can be known
-            then; or, in `fit`, a save could not be written.
+        RuntimeError: The model cannot be saved (raised when training begins if that can be known
+            then), or a save could not be written during `fit`.
     """
 
     def __init__(
@@ -469,7 +469,7 @@ class PushToHubCallback(_AnyKerasCallback):
         except BaseException as error:
             if save is not None:
                 save.close()
-            if not isinstance(error, Exception):  # Ctrl-C is the user's
+            if not isinstance(error, Exception):  # let Ctrl-C through
                 raise
             hint = _rescue_weights(self.model, self.output_dir) if is_chief else ""
             raise RuntimeError(
@@ -518,7 +518,7 @@ def load_repo_checkpoint(
     return {"epoch": epoch}
 
 
-# Of each model, since an attribute could end up in its files; a resumed training continues them.
+# Kept outside the models, whose attributes might be saved with them; resumed training goes on here.
 _history: weakref.WeakKeyDictionary[Any, dict[int, Row]] = weakref.WeakKeyDictionary()  # by epoch
 _epochs_trained: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
@@ -650,8 +650,8 @@ def _labels_of(element: Any, label_cols: list[str] | None) -> Any:
 def _choose_columns(model: Any, element: Any) -> Any:
     """Returns the element with those of its input columns that the model takes.
 
-    All of them, as in `fit`, but for two kinds of models. One of transformers takes columns by name.
-    A functional one in Keras 3 matches the sorted columns to its inputs by position, and would take
+    All of them, as in `fit`, except for two kinds of model. Those of transformers take columns by
+    name. A functional one in Keras 3 matches the sorted columns to its inputs by position, and would take
     a label column of the right shape for an input.
     """
     if _customises_predict(model):
@@ -734,7 +734,7 @@ def _variables_in(model: Any) -> list[Any]:
 
 
 def _strategy_of(model: Any) -> Any:
-    """Returns the tf.distribute.Strategy that the model was made under."""
+    """Returns the tf.distribute.Strategy that the model was created under."""
     return getattr(model, "distribute_strategy", None) or tf.distribute.get_strategy()
 
 
@@ -749,12 +749,12 @@ def _library_of(model: Any) -> str:
 
 
 def _is_dense(inputs: Any) -> bool:
-    """Returns whether all of the inputs are there, and neither sparse nor ragged."""
+    """Returns whether all inputs are present, and none is sparse or ragged."""
     return all(isinstance(leaf, tf.Tensor) for leaf in tf.nest.flatten(inputs))
 
 
 def _to_backend(inputs: Any) -> Any:
-    """Returns the arrays that JAX and PyTorch take; text stays TensorFlow's."""
+    """Returns the arrays that JAX and PyTorch take; text stays a tf.Tensor."""
     return tf.nest.map_structure(
         lambda x: x if x is None or x.dtype == tf.string else x.numpy(), inputs
     )
@@ -815,7 +815,7 @@ def _main_input(model: Any) -> str | None:
 def _question(
     model: Any, main: str | None, element: Any, label_cols: list[str] | None
 ) -> tuple[Any, dict[str, Any]]:
-    """Returns what `generate` starts from, and by name what goes along, but no answer.
+    """Returns what `generate` starts from and, by name, what accompanies it, without any answer.
 
     The answer is the label columns and what repeats their values: in models of transformers any
     column but the main input, in others the column that is called like the label.
@@ -853,7 +853,7 @@ def _question(
 
 
 def _is_answer(name: str, column: Any, answers: list[Any]) -> bool:
-    """Returns whether a column that is no mask repeats one of the answers, padding apart."""
+    """Returns whether a column that is no mask repeats one of the answers, apart from padding."""
     for answer in answers:
         are_dense = isinstance(column, tf.Tensor) and isinstance(answer, tf.Tensor)
         if are_dense and column.shape == answer.shape and "mask" not in name:
@@ -867,8 +867,8 @@ class _XlaGenerate:
     """Compiles `generate` with XLA, once for each width of the inputs.
 
     A smaller batch, such as the last, would cost a compilation of its own (2 s for a small T5). It is
-    filled up to the largest size of its width so far by repeating its last row, and the surplus is
-    dropped.
+    filled up to the largest batch of its width so far by repeating its last row; the surplus rows
+    are dropped.
     """
 
     def __init__(self, generate: Callable[..., Any]) -> None:
@@ -907,7 +907,7 @@ def _generation_setting(metric: KerasMetricCallback, name: str) -> Any:
 
 
 def _settings_text(metric: KerasMetricCallback) -> str:
-    """Returns all settings of generation in a text, which tells whether one has changed."""
+    """Returns all settings of generation as one string, to detect changes."""
 
     def plain(value: Any) -> Any:
         value = value.to_dict() if hasattr(value, "to_dict") else value
@@ -954,12 +954,12 @@ def _concatenate(batches: list[Any], token: int = PADDING) -> Any:
     """Concatenates batches on axis 0 and pads every other axis at its end to the longest.
 
     The peak of memory is the result plus one batch: `batches` is taken apart from its end, so that
-    each batch goes as soon as it is copied.
+    each batch is freed as soon as it is copied.
 
     Args:
         batches: Arrays of shapes (examples, ...), all of one rank, where a scalar counts as one
             example; or dicts or tuples of them, all alike.
-        token: Pads bare integers, and those called "sequences". All other numbers are padded with
+        token: Pads bare integers, and those in a column "sequences". All other numbers are padded with
             -100, text with the empty string.
 
     Returns:
@@ -1014,7 +1014,8 @@ def _joined_dtype(arrays: list[Array], token: int) -> tuple[np.dtype[Any], int |
     dtype: np.dtype[Any] = functools.reduce(np.promote_types, dtypes)
     if dtype.kind in "OSU":  # text; or integers beyond 64 bits, of ragged rows
         firsts = [array.flat[0] for array in arrays if array.size]
-        return np.dtype(object), token if firsts and isinstance(firsts[0], int) else ""
+        are_numbers = bool(firsts) and isinstance(firsts[0], (int, np.integer))
+        return np.dtype(object), token if are_numbers else ""
     if dtype in (np.float16, tf.bfloat16.as_numpy_dtype):
         return np.dtype(np.float32), PADDING
     padding = token if dtype.kind in "iu" else PADDING
@@ -1048,7 +1049,7 @@ def _check_metrics(result: Any) -> dict[str, int | float]:
 
 
 def _numbers_in(logs: Mapping[Any, Any]) -> Row:
-    """Returns those of the logs that are numbers by name, as plain ones."""
+    """Returns the entries that are numbers by name, as plain Python numbers."""
     numbers = {name: _plain_number(value) for name, value in logs.items() if isinstance(name, str)}
     return {name: number for name, number in numbers.items() if number is not None}
 
@@ -1081,12 +1082,12 @@ def _is_chief(model: Any) -> bool:
 class _Save:
     """A private folder in which a save is staged, and from which it is published and uploaded.
 
-    The lock beside it ends with the process at the latest. The next save removes folders whose lock
+    The lock beside it is released when the process ends, at the latest. The next save removes folders whose lock
     nobody holds: killed runs left them. A worker that publishes nothing uses the temporary folder.
     """
 
     def __init__(self, output_dir: Path | None) -> None:
-        entries = list(output_dir.iterdir()) if output_dir else []  # raises where it is gone
+        entries = list(output_dir.iterdir()) if output_dir else []  # raises if it is gone
         for lock in (path for path in entries if path.match(f"{PRIVATE}*.lock")):
             # A lock that is held raises Timeout, an OSError: that save is in use.
             with contextlib.suppress(OSError, NotImplementedError), filelock.FileLock(lock, timeout=0):
@@ -1096,7 +1097,7 @@ class _Save:
                 lock.unlink(missing_ok=True)
         self.root = (output_dir or Path(tempfile.gettempdir())) / f"{PRIVATE}{uuid.uuid4().hex}"
         self.lock = filelock.FileLock(f"{self.root}.lock", thread_local=False)
-        with contextlib.suppress(NotImplementedError):  # a file system without locks
+        with contextlib.suppress(OSError, NotImplementedError):  # a file system without locks
             self.lock.acquire(timeout=0)
         self.folder = self.root / "files"
         self.folder.mkdir(parents=True)
@@ -1140,7 +1141,8 @@ class _Save:
         shutil.rmtree(self.root, ignore_errors=True)
         with contextlib.suppress(OSError):
             self.lock.release()
-            os.unlink(self.lock.lock_file)
+            if not self.root.exists():  # else the next save tries again
+                os.unlink(self.lock.lock_file)
 
 
 def _write_model(model: Any, folder: Path) -> None:
@@ -1152,7 +1154,7 @@ def _write_model(model: Any, folder: Path) -> None:
     elif library == "keras":  # what load_model("hf://owner/name") reads
         _keras_of(model).saving.save_model(model, str(folder), zipped=False)
     else:
-        # The format is given, since tf_keras takes HDF5 in threads of the user's.
+        # The format is given, since tf_keras defaults to HDF5 in threads other than the main one.
         model.save(str(folder / "model.keras"), save_format="keras_v3")
 
 
@@ -1174,11 +1176,11 @@ def _check_serialisable(model: Any) -> None:
 
 def _check_free_space(model: Any, with_checkpoint: bool, folder: Path) -> None:
     """Raises an OSError where the variables cannot fit: HDF5 crashes the process on a full disk."""
-    variables = _variables_in(model)
-    if with_checkpoint:
-        variables += itertools.chain(*_variables_of(model).values())
-    size = 2**20  # bytes, for everything else
-    for variable in variables:
+    groups = _variables_of(model) if _variables_in(model) else {"model": []}
+    everything = [variable for group in groups.values() for variable in group]
+    is_keras = _library_of(model) in ("keras", "tf-keras")  # which writes the optimizer too
+    size = 2**20  # bytes, for everything that is no variable
+    for variable in (everything if is_keras else groups["model"]) + everything * with_checkpoint:
         with contextlib.suppress(AttributeError, TypeError, ValueError):  # it has no single shape
             size += 2 * math.prod(variable.shape) * tf.as_dtype(variable.dtype).size  # and its copy
     if (free := shutil.disk_usage(folder).free) < size:
@@ -1237,7 +1239,7 @@ def _variables_of(model: Any) -> dict[str, list[Any]]:
     groups = {"model": [v for v in model.variables if hasattr(v, "assign")]}
     for name, optimizer in _optimizers_of(model).items():
         state = optimizer.variables
-        groups[name] = list(state() if callable(state) else state)  # a method of legacy optimizers
+        groups[name] = list(state() if callable(state) else state)  # a method in legacy optimizers
         rate = getattr(optimizer, "learning_rate", None)
         if hasattr(rate, "assign") and not any(rate is variable for variable in groups[name]):
             groups[name].append(rate)  # tf_keras does not count it among the variables
@@ -1256,7 +1258,7 @@ def _names_of(group: str, variables: list[Any]) -> list[str]:
 
 
 def _trained_by(optimizer: Any, variables: list[Any]) -> list[int] | None:
-    """Returns which of the variables an optimizer was built for, None where it does not tell."""
+    """Returns which of the variables an optimizer was built for, or None if it does not say."""
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of a loss scale
     index = getattr(optimizer, "_index_dict", None)  # of tf_keras
     if index is not None:
@@ -1331,12 +1333,12 @@ def _read_checkpoint(model: Any, file: Path) -> dict[int, Row]:
         )
     if not _variables_in(model):
         raise ValueError("The model must be built before a checkpoint is loaded; call it once.")
-    arrays, rows, names, trained, places = _open_checkpoint(file)
+    arrays, rows, names, saved = _open_checkpoint(file)
     optimizers = _optimizers_of(model)
     compiled = {name: type(each).__name__ for name, each in optimizers.items()}
-    if trained != compiled:
+    if (needed := {name: kind for name, (kind, _) in saved.items()}) != compiled:
         raise ValueError(
-            f"The checkpoint needs the optimizers {trained or None}, "
+            f"The checkpoint needs the optimizers {needed or None}, "
             f"but received {compiled or None}.{ADVICE}"
         )
     sources: dict[str, list[str]] = {}  # the keys of the arrays, for the variables of each group
@@ -1344,7 +1346,7 @@ def _read_checkpoint(model: Any, file: Path) -> dict[int, Row]:
         variables, stored = _variables_of(model)[group], names.get(group, [])
         if group in optimizers and len(variables) < len(stored):
             weights = dict(zip(sources["model"], _variables_of(model)["model"]))
-            _build_optimizer(model, optimizers[group], places[group], weights)
+            _build_optimizer(model, optimizers[group], saved[group][1], weights)
             variables = _variables_of(model)[group]
         here = _names_of(group, variables)
         is_by_name = len(set(here)) == len(here) and sorted(stored) == sorted(here)
@@ -1371,18 +1373,17 @@ def _read_checkpoint(model: Any, file: Path) -> dict[int, Row]:
     return rows
 
 
-def _open_checkpoint(file: Path) -> tuple[dict[str, Array], dict[int, Row], Any, Any, Any]:
-    """Returns arrays, logs, names of variables, classes of optimizers, and what these train."""
+def _open_checkpoint(file: Path) -> tuple[dict[str, Array], dict[int, Row], Any, Any]:
+    """Returns arrays, logs, the variables' names, and the optimizers' classes with what they train."""
     damages = (ArithmeticError, AttributeError, EOFError, LookupError, TypeError, ValueError)
-    try:  # running out of memory, or lacking the right to read, is no damage
+    try:  # running out of memory, or lacking permission, does not mean damage
         # NumPy does not close a file that it opened and could not read.
         with file.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
         state = json.loads(arrays.pop("state.json"))
         rows = {int(epoch): _numbers_in(row) for epoch, row in state["history"].items()}
         names = {group: list(map(str, each)) for group, each in state["names"].items()}
-        trained = {str(name): each["class"] for name, each in state["optimizers"].items()}
-        places = {name: each["trains"] for name, each in state["optimizers"].items()}
+        saved = {n: (each["class"], each["trains"]) for n, each in state["optimizers"].items()}
         if min(rows) < 0:
             raise ValueError(f"history begins with epoch {min(rows)}")
     except (*damages, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
@@ -1390,7 +1391,7 @@ def _open_checkpoint(file: Path) -> tuple[dict[str, Array], dict[int, Row], Any,
             f"The checkpoint is damaged: {file} does not hold what checkpoint=True writes there: "
             f"{type(error).__name__}: {error}."
         ) from error
-    return arrays, rows, names, trained, places
+    return arrays, rows, names, saved
 
 
 def _build_optimizer(model: Any, optimizer: Any, places: Any, weights: dict[str, Any]) -> None:
@@ -1419,10 +1420,10 @@ class _PushError(RuntimeError):
 
 
 class _Upload:
-    """One save on its way to the Hub, attempted until it is committed, refused or given up.
+    """One save on its way to the Hub, attempted until it is committed, refused or abandoned.
 
-    What huggingface_hub repeats itself depends on its version: at most some LFS transfers and
-    questions about them, never the commit. Here the whole sequence starts again; what the Hub has
+    What huggingface_hub itself retries depends on its version: at most some LFS transfers and the
+    requests around them, never the commit. Here the whole sequence starts again; what the Hub has
     received by then is not sent twice.
     """
 
@@ -1431,13 +1432,12 @@ class _Upload:
         self.future: concurrent.futures.Future[Any] = concurrent.futures.Future()  # of a CommitInfo
         self.future.set_running_or_notify_cancel()  # so that nobody can cancel it
         self.stop_retrying = threading.Event()
-        self.has_started = False
         self.with_card = True
 
     def start(self) -> None:
         """Starts the thread; if that fails, the upload counts as failed."""
         _uploads[self.push.hub_model_id] = self
-        self.push.last_job, self.has_started = self.future, True
+        self.push.last_job = self.future
         # Not a daemon: the interpreter waits at its exit for the upload that runs.
         thread = threading.Thread(target=_fulfil, args=(self.future, self.run))
         try:
@@ -1446,11 +1446,11 @@ class _Upload:
             if thread.ident is None:  # it does not run
                 self.end(error)
                 self.future.set_exception(error)
-            if not isinstance(error, Exception):  # Ctrl-C is the user's
+            if not isinstance(error, Exception):  # let Ctrl-C through
                 raise
 
     def run(self) -> Any:
-        """Takes the user's files along and attempts the commit; returns its CommitInfo."""
+        """Adds the user's files and attempts the commit; returns its CommitInfo."""
         push = self.push
         try:
             names, _ = _user_files(push.output_dir, push.checkpoint, warn=self.final)
@@ -1491,7 +1491,7 @@ class _Upload:
                 self.say(f"Pushed: {self.future.result().commit_url}")
                 return
             reason = _describe(error)
-        elif self.has_started:
+        elif push.last_job is self.future:
             self.stop_retrying.set()
         else:
             self.save.close()
@@ -1504,7 +1504,7 @@ class _Upload:
     def commit_in_time(self) -> Any:
         """Returns the CommitInfo of one attempt, or raises TimeoutError when it takes too long.
 
-        huggingface_hub waits for ever for an answer. Its thread can be given up, since it is a
+        huggingface_hub may wait for an answer for ever. The thread can be abandoned, since it is a
         daemon; should it wake up later, its commit is refused once a newer one is there.
         """
         sizes = (path.stat().st_size for path in self.save.folder.rglob("*") if path.is_file())
@@ -1601,8 +1601,8 @@ def _attempt(
     """Returns what `action` returns; attempted again for `seconds` from its first failure on.
 
     Waits double up to LONGEST_WAIT, and the last attempt is made at the limit. A Retry-After takes
-    precedence. There is no further attempt once `stop` is set, nor, without `at_exit`, while the
-    interpreter waits to exit.
+    precedence. There is no wait for a further attempt once `stop` is set, nor, without `at_exit`,
+    while the interpreter waits to exit.
     """
     stop = stop or threading.Event()
     main = threading.main_thread()
@@ -1613,16 +1613,18 @@ def _attempt(
             return action()
         except Exception as error:
             if was_alive and not main.is_alive() and not stop.is_set():
-                continue  # files that were to be sent by threads are sent one by one now
+                continue  # files that could not be sent by threads any more are sent one by one
             deadline = min(deadline, _clock.now() + seconds)
             left, asked = deadline - _clock.now(), _retry_after(error)
             if not _is_transient(error) or left <= 0 or (asked or 0) > left:
                 raise
             pause = min(asked or min(wait * random.uniform(1, 1.5), LONGEST_WAIT), left)
             until = _clock.now() + pause
-            while not stop.is_set() and (at_exit or main.is_alive()) and _clock.now() < until:
+            while not (is_over := stop.is_set() or not (at_exit or main.is_alive())):
+                if _clock.now() >= until:
+                    break
                 _clock.wait(stop, min(1.0, until - _clock.now()))
-            if stop.is_set() or not (at_exit or main.is_alive()):
+            if is_over:
                 raise
             wait *= 2
 
@@ -1695,7 +1697,7 @@ def _describe(error: BaseException) -> str:
 def _quiet_client(shows_bars: bool) -> Iterator[None]:
     """Keeps huggingface_hub from drawing bars into Keras' own, unless the environment decides.
 
-    Nor does it warn of a commit without a change, which is an ordinary end of training.
+    It also silences the warning of a commit without changes, which is normal when training ends.
     """
     client = logging.getLogger("huggingface_hub.hf_api")
 
@@ -1829,10 +1831,10 @@ def _write_card(push: PushToHubCallback, folder: Path) -> None:
 
 
 def _adapt_card(push: PushToHubCallback, existing: str | Path, card: Path) -> bool:
-    """Adds to our card the metadata that others added to the existing one, unless it is a human's.
+    """Adds to our card the metadata of the existing one that ours lacks, unless that is a human's.
 
-    What a card with metadata alone says was written by a human or the website, and takes precedence.
-    Returns whether our card may take the place of the existing one.
+    A card of metadata alone was written by a human or the website, so what it says takes precedence.
+    Returns whether the card may take the place of the existing one.
     """
     text = Path(existing).read_text("utf-8", errors="replace")
     metadata = r"\A\s*---\n.*?^---[ \t]*(\n|\Z)"
@@ -1842,18 +1844,21 @@ def _adapt_card(push: PushToHubCallback, existing: str | Path, card: Path) -> bo
             logger.warning("%s has a model card by a human: it stays as it is.", push._url)
         push._has_warned_of_card = True
         return False
-    theirs = huggingface_hub.metadata_load(existing) or {}
-    ours = huggingface_hub.metadata_load(card) or {}
-    added = theirs.keys() - {*ours, "model-index", "metrics"} if body else theirs.keys()
-    push._card_metadata |= {key: theirs[key] for key in theirs if key in added}
-    huggingface_hub.metadata_save(card, {**ours, **push._card_metadata})
+    if CARD_MARKS[0] in card.read_text("utf-8", errors="replace"):  # else it is a human's, too
+        theirs: dict[str, Any] = {}
+        with contextlib.suppress(Exception):  # YAML that somebody has broken
+            theirs = huggingface_hub.metadata_load(existing) or {}
+        ours = huggingface_hub.metadata_load(card) or {}
+        added = theirs.keys() - {*ours, "model-index", "metrics"} if body else theirs.keys()
+        push._card_metadata |= {key: theirs[key] for key in theirs if key in added}
+        huggingface_hub.metadata_save(card, {**ours, **push._card_metadata})
     return True
 
 
 def _fingerprint(model: Any) -> float:
     """Returns a checksum of the small trainable variables, which tells weights of epochs apart.
 
-    It is NaN, which equals nothing, where this process cannot read the values.
+    NaN, which equals nothing, if this process cannot read the values.
     """
     variables = sorted(model.trainable_variables, key=lambda variable: math.prod(variable.shape))
     small = [v for v in variables if math.prod(v.shape) <= 2**16] or variables[:1]
@@ -1869,10 +1874,9 @@ def _model_card(push: PushToHubCallback, folder: Path) -> str:
     rows = _history.get(model, {})
     now = _fingerprint(model)
     # Another callback may have put back the weights of an earlier epoch, or averaged them. The
-    # EarlyStopping of Keras 2.15 does so before the last epoch's end is seen here.
-    blocks = itertools.groupby(push._states.items(), lambda state: state[1][0] == now)
-    ends = [list(block)[-1] for is_same, block in blocks if is_same]
-    epoch, (_, trained) = ends[0] if ends else (-1, (now, 0))
+    # EarlyStopping of Keras 2.15 does so before the last epoch's end is seen here: the first counts.
+    same = [(done, count) for done, (state, count) in push._states.items() if state == now]
+    epoch, trained = same[0] if same else (-1, 0)
     row = rows.get(epoch, {})
     base = str(facts.get("finetuned_from") or "")
     guess = str(getattr(getattr(model, "config", None), "_name_or_path", None) or "")
@@ -1888,8 +1892,8 @@ def _model_card(push: PushToHubCallback, folder: Path) -> str:
         name: {"class_name": type(each).__name__, **each.get_config()}
         for name, each in _optimizers_of(model).items()
     }
-    only = optimizers.get("optimizer") if len(optimizers) < 2 else optimizers
-    columns = list(dict.fromkeys(name for row in rows.values() for name in row))  # as they came
+    only = optimizers if len(optimizers) > 1 else next(iter(optimizers.values()), None)
+    columns = list(dict.fromkeys(name for logs in rows.values() for name in logs))  # in order of appearance
     lines = [["Epoch", *map(_title, columns)], ["---:"] * (1 + len(columns))]
     for done, logs in sorted(rows.items()):
         lines.append([str(done), *(f"{logs[n]:.4g}" if n in logs else "" for n in columns)])
@@ -1907,15 +1911,12 @@ def _model_card(push: PushToHubCallback, folder: Path) -> str:
         steps=push._fit_argument("steps") or "an unknown number of",
         strategy=type(strategy).__name__,
         replicas=strategy.num_replicas_in_sync,
-        optimizer=json.dumps(only, indent=2, default=_as_json),
+        optimizer=json.dumps(
+            only, indent=2, default=lambda x: str(x) if (n := _plain_number(x)) is None else n
+        ),
         table="\n".join(f"| {' | '.join(cells)} |" for cells in lines),
         versions="\n".join(f"- {name} {version}" for name, version in loaded.items() if version),
     )
-
-
-def _as_json(value: Any) -> int | float | str:
-    number = _plain_number(value)
-    return str(value) if number is None else number
 
 
 def _metadata(push: PushToHubCallback, base: str, row: Row) -> huggingface_hub.ModelCardData:
@@ -1986,7 +1987,7 @@ def _title(name: str) -> str:
 def _loading_code(push: PushToHubCallback, folder: Path) -> str:
     """Returns the Python that loads the model from the Hub, and a transformers tokenizer.
 
-    `your_code` stands for where the user's own classes and functions are.
+    `your_code` stands for the module that defines the user's own classes and functions.
     """
     model, repo_id, library = push.model, push.hub_model_id, _library_of(push.model)
     keras, name = _keras_of(model), type(model).__name__

@@ -961,6 +961,8 @@ class TestJoining:
         ("uint64", [[1, 2], [3, 2**63], [4, 5]], [[1, 2], [3, 2**63], [4, 5]], "uint64"),
         ("uint64", [[1, 2], [2**63 - 1], [5]], [[1, 2], [2**63 - 1, -100], [5, -100]], "int64"),
         ("uint64", [[2**64 - 1], [1], [5, 6]], [[2**64 - 1, -100], [1, -100], [5, 6]], object),
+        ("uint64", [[1, 2], [3, 4], [2**63], [5, 6]], [[1, 2], [3, 4], [2**63, -100], [5, 6]], object),
+        ("uint64", [[1], [3], [2**63, 4], [5]], [[1, -100], [3, -100], [2**63, 4], [5, -100]], object),
         ("uint8", [[1, 2], [3]], [[1, 2], [3, -100]], "int16"),
         ("bool", [[True, False], [True], []], [[1, 0], [1, -100], [-100, -100]], "int8"),
         ("bool", [[True, False], [False, True]], [[True, False], [False, True]], "bool"),
@@ -1101,6 +1103,7 @@ class TestQuestions:
         "label_cols are no question": (ids_only, ANSWERED, {"label_cols": "answer"}, X),
         "labels named as the question": (masked, NAMED, {}, X * MASK),
         "one of them": (masked, NAMED, {"label_cols": "ids"}, X * MASK),
+        "the same columns as labels": (ids_only, ({"ids": X}, {"ids": X}), {}, X),
         "generate_kwargs of any kind": (
             lambda self, x, bias: x + bias[1, 2] + bias["a"],
             (X, Y),
@@ -1772,6 +1775,22 @@ class TestCardOfAHuman:
             assert b"\nthumbnail: mine.png\n" in pushed(push)["README.md"]
             assert rows_of(pushed(push)["README.md"].decode())[-1] == epoch
 
+    @each("theirs, kept", [(b"---\nthumbnail: [\n---\n", False), (b"# Mine\n", True)])
+    def test_broken_metadata_stop_no_push_and_ours_never_reach_a_humans_card(
+            self, push, theirs, kept):
+        saved(push)
+        local = push.output_dir / "README.md"
+        if kept:
+            local.write_bytes(theirs)
+        else:
+            broken = theirs + pushed(push)["README.md"].split(b"---\n", 2)[2]
+            hub.commit(push.hub_model_id, "By hand", {"README.md": broken})
+        other = pushing(push.output_dir.parent, push.output_dir.name)
+        begin(other, push.model)
+        saved(other, 1)
+        assert (pushed(push)["README.md"] == theirs) is kept
+        assert b"thumbnail" not in pushed(push)["README.md"]
+
 
 def run_loading_code(push, monkeypatch, **names):
     """Runs the Python of the card, with the user's own names in the module it imports them from."""
@@ -1801,7 +1820,9 @@ class TestCardIsTrue:
         callbacks = [
             KerasMetricCallback(lambda p, l: {"f1": next(scores)}, (X, Y), batch_size=8),
             at_epoch_end(lambda epoch: weights.append(model.get_weights()), keras),
-            keras.callbacks.EarlyStopping("f1", mode="max", patience=2, restore_best_weights=True),
+            keras.callbacks.EarlyStopping(
+                "f1", mode="max", patience=2 if strategy == "no" else 1, restore_best_weights=True
+            ),
             push,
         ]
         fit_in_order(model, epochs=9, callbacks=callbacks)
@@ -2170,6 +2191,16 @@ class TestSavingFails:
         push.on_train_end()
         assert_pushed(push)
         assert not leftovers(push.output_dir) and not rescued & pushed(push).keys()
+
+    def test_the_state_of_the_optimizer_has_to_fit_on_the_disk_too(self, push, monkeypatch):
+        layers = [FIRST.layers.Input((1000,)), FIRST.layers.Dense(1000)]  # of 4 MB, with Adam 12 MB
+        model = FIRST.Sequential(layers)
+        model.compile("adam", "mse")
+        model.fit(np.zeros((1, 1000)), np.zeros((1, 1000)), verbose=0)
+        begin(push, model)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2e7))
+        with pytest.raises(RuntimeError, match="No space left"):
+            push.on_epoch_end(1, {})
 
     @each("obstacle", ["nothing", "a file", "a folder inside"])
     def test_a_folder_that_is_gone_or_is_no_longer_one_is_named(self, push, obstacle):
@@ -2859,6 +2890,14 @@ class TestTransformersQuestions:
             # Both models need autograph, which a first try finds out.
             assert len(traces) <= 2 and bool(traces) is compiles
         assert len({pair.predictions.tobytes() for pair in received}) == len(received)
+
+    def test_a_class_that_equals_an_input_by_chance_is_no_answer(self):
+        model, topic = tiny(GPT2), np.array([1, 2])
+        model.call = lambda input_ids, topic: None  # its inputs go by these names
+        model.generate = lambda input_ids, topic: input_ids * topic[:, None]
+        inputs = {"input_ids": np.array([[3, 4], [5, 6]]), "topic": topic}
+        received = generated(model, in_batches(inputs, topic), options={})
+        np.testing.assert_array_equal(received.predictions, [[3, 4], [10, 12]])
 
     def test_xla_fills_a_batch_up_to_the_largest_of_its_own_width(self):
         model, shapes = tiny(GPT2), []
