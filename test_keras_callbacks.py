@@ -2508,6 +2508,16 @@ class TestInterrupts:
         assert len(push.training_history) == 1
         assert_pushed(push)
 
+    def test_a_final_push_whose_wait_was_interrupted_is_not_attempted_again(
+            self, push, monkeypatch):
+        monkeypatch.setattr(kc, "FINAL_SECONDS", 1e5)
+        fault = hub.add_fault("info", 503, times=10**6)
+        interrupt_once(fault.reached)
+        with pytest.raises(KeyboardInterrupt):
+            push.on_train_end()
+        assert "503" in str(push.last_job.exception(timeout=60))
+        assert not leftovers(push.output_dir)
+
     @each("place, error", [
         ((shutil, "copyfile"), KeyboardInterrupt),
         ((threading.Thread, "start"), KeyboardInterrupt),
