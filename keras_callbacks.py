@@ -1880,7 +1880,7 @@ def _model_card(push: PushToHubCallback, folder: Path) -> str:
     row = rows.get(epoch, {})
     base = str(facts.get("finetuned_from") or "")
     guess = str(getattr(getattr(model, "config", None), "_name_or_path", None) or "")
-    if not base and not Path(guess).exists():
+    if not base and not Path(guess).exists():  # "" is the working folder
         base = guess
     data = " and ".join(map(_as_text, _names_in(facts.get("dataset"))))
     summary = f"A {type(model).__name__}"
@@ -1893,7 +1893,7 @@ def _model_card(push: PushToHubCallback, folder: Path) -> str:
         for name, each in _optimizers_of(model).items()
     }
     only = optimizers if len(optimizers) > 1 else next(iter(optimizers.values()), None)
-    columns = list(dict.fromkeys(name for logs in rows.values() for name in logs))  # in order of appearance
+    columns = list(dict.fromkeys(name for logs in rows.values() for name in logs))  # as they came
     lines = [["Epoch", *map(_title, columns)], ["---:"] * (1 + len(columns))]
     for done, logs in sorted(rows.items()):
         lines.append([str(done), *(f"{logs[n]:.4g}" if n in logs else "" for n in columns)])
