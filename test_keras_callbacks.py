@@ -351,6 +351,8 @@ def repo(tmp_path):
 def push(tmp_path, repo, model):
     """A PushToHubCallback with a checkpoint whose hooks the test calls itself."""
     push = pushing(tmp_path, repo, checkpoint=True)
+    # New weights, so that a request left behind does not send what this test is to send.
+    model.set_weights([weight + 0.01 for weight in model.get_weights()])
     begin(push, model)
     return push
 
