@@ -365,8 +365,7 @@ class PushToHubCallback(_AnyKerasCallback):
         self.tokenizer = tokenizer
         self.checkpoint = checkpoint
         self.model_card_args = model_card_args
-        # A token that was read from a file may end in a line break.
-        self._api = huggingface_hub.HfApi(token=(hub_token or "").strip() or None)
+        self._api = _client(hub_token)
         self.hub_model_id = _create_repo(self._api, hub_model_id or self.output_dir.resolve().name)
         self._url = f"{self._api.endpoint}/{self.hub_model_id}"
         self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -651,8 +650,8 @@ def _choose_columns(model: Any, element: Any) -> Any:
     """Returns the element with those of its input columns that the model takes.
 
     All of them, as in `fit`, except for two kinds of model. Those of transformers take columns by
-    name. A functional one in Keras 3 matches the sorted columns to its inputs by position, and would take
-    a label column of the right shape for an input.
+    name. A functional one in Keras 3 matches the sorted columns to its inputs by position, and would
+    take a label column of the right shape for an input.
     """
     if _customises_predict(model):
         return element
@@ -821,20 +820,20 @@ def _question(
     column but the main input, in others the column that is called like the label.
     """
     inputs, labels = _split(element)
-    takes = inspect.signature(model.call).parameters
-    if main is not None and not isinstance(inputs, Mapping):
-        inputs = dict(zip(takes, inputs)) if isinstance(inputs, tuple) else {main: inputs}
-    if not isinstance(inputs, Mapping):
-        return inputs if _is_tensorflow(model) else _to_backend(inputs), {}
     named = labels if isinstance(labels, Mapping) else {}
     hidden = {"labels", *(set(label_cols or []) - named.keys())}
     if main is None:
-        given = {name: inputs[name] for name in inputs if name not in hidden}
-        copies = {name for name in given if _is_answer(name, given[name], [named.get(name)])}
-        question = {name: given[name] for name in given if name not in copies} or given
-        if hasattr(model, "preprocessor") and list(question) == ["encoder_text"]:
-            question = question["encoder_text"]  # KerasHub takes the dict with decoder_text only
+        question = inputs
+        if isinstance(inputs, Mapping):
+            given = {name: inputs[name] for name in inputs if name not in hidden}
+            copies = {name for name in given if _is_answer(name, given[name], [named.get(name)])}
+            question = {name: given[name] for name in given if name not in copies} or given
+            if hasattr(model, "preprocessor") and list(question) == ["encoder_text"]:
+                question = question["encoder_text"]  # KerasHub takes the dict with decoder_text only
         return question if _is_tensorflow(model) else _to_backend(question), {}
+    takes = inspect.signature(model.call).parameters
+    if not isinstance(inputs, Mapping):
+        inputs = dict(zip(takes, inputs)) if isinstance(inputs, tuple) else {main: inputs}
     answers = tf.nest.flatten(_labels_of(element, label_cols))
     others = {n: inputs[n] for n in takes if n in inputs and n not in (main, "labels")}
     copies = {  # a class label, of rank 1, may equal an input by chance
@@ -908,6 +907,8 @@ def _generation_setting(metric: KerasMetricCallback, name: str) -> Any:
 
 def _settings_text(metric: KerasMetricCallback) -> str:
     """Returns all settings of generation as one string, to detect changes."""
+    if not metric.predict_with_generate:
+        return ""
 
     def plain(value: Any) -> Any:
         value = value.to_dict() if hasattr(value, "to_dict") else value
@@ -917,8 +918,6 @@ def _settings_text(metric: KerasMetricCallback) -> str:
             return [plain(part) for part in value]
         return np.asarray(value).tolist() if hasattr(value, "__array__") else repr(value)
 
-    if not metric.predict_with_generate:
-        return ""
     return repr(plain([metric.generate_kwargs, getattr(metric.model, "generation_config", None)]))
 
 
@@ -1082,8 +1081,9 @@ def _is_chief(model: Any) -> bool:
 class _Save:
     """A private folder in which a save is staged, and from which it is published and uploaded.
 
-    The lock beside it is released when the process ends, at the latest. The next save removes folders whose lock
-    nobody holds: killed runs left them. A worker that publishes nothing uses the temporary folder.
+    The lock beside it is released when the process ends, at the latest. The next save removes
+    folders whose lock nobody holds: killed runs left them. A worker that publishes nothing uses the
+    temporary folder.
     """
 
     def __init__(self, output_dir: Path | None) -> None:
@@ -1101,17 +1101,18 @@ class _Save:
             self.lock.acquire(timeout=0)
         self.folder = self.root / "files"
         self.folder.mkdir(parents=True)
-        self.written: list[str] = []  # the names of the files that are not the user's
+        self.written: set[str] = set()  # the names of the files that are not the user's
 
     def publish(self, output_dir: Path, stale: bool) -> None:
         """Copies all files into `output_dir`, where each replaces its predecessor atomically.
 
         With `stale`, a checkpoint of an earlier run there is marked as older than the model now.
         """
-        self.written = self.names()
+        names = self.names()
+        self.written = set(names)
         parts = {}  # the copies, each beside its target, which may be on another disk
         try:
-            for number, name in enumerate(self.written):
+            for number, name in enumerate(names):
                 target = output_dir / name
                 if target.is_dir():
                     raise IsADirectoryError(f"{target} is a folder where the save has a file")
@@ -1300,7 +1301,7 @@ def _download_checkpoint(name: str, token: str | None) -> Path:
         hub_utils.validate_repo_id(name)
     except hub_utils.HFValidationError:
         raise FileNotFoundError(f"{name} is neither a folder nor the name of a repository.") from None
-    api = huggingface_hub.HfApi(token=(token or "").strip() or None)
+    api = _client(token)
     download = functools.partial(api.snapshot_download, name, allow_patterns=[CHECKPOINT])
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         folder = Path(download(local_files_only=True))
@@ -1341,18 +1342,19 @@ def _read_checkpoint(model: Any, file: Path) -> dict[int, Row]:
             f"The checkpoint needs the optimizers {needed or None}, "
             f"but received {compiled or None}.{ADVICE}"
         )
+    groups = _variables_of(model)
     sources: dict[str, list[str]] = {}  # the keys of the arrays, for the variables of each group
     for group in ("model", *optimizers):
-        variables, stored = _variables_of(model)[group], names.get(group, [])
-        if group in optimizers and len(variables) < len(stored):
-            weights = dict(zip(sources["model"], _variables_of(model)["model"]))
+        stored = names.get(group, [])
+        if group in optimizers and len(groups[group]) < len(stored):
+            weights = dict(zip(sources["model"], groups["model"]))
             _build_optimizer(model, optimizers[group], saved[group][1], weights)
-            variables = _variables_of(model)[group]
-        here = _names_of(group, variables)
+            groups = _variables_of(model)
+        here = _names_of(group, groups[group])
         is_by_name = len(set(here)) == len(here) and sorted(stored) == sorted(here)
         order = map(stored.index, here) if is_by_name else range(len(here))
         sources[group] = [f"{group}.{n}" for n in order]
-        for variable, key in zip(variables, sources[group]):
+        for variable, key in zip(groups[group], sources[group]):
             value, array = _value_of(variable), arrays.get(key)
             if array is not None and array.dtype == f"V{value.dtype.itemsize}":
                 arrays[key] = array = array.view(value.dtype)  # NumPy stores bfloat16 as bare bytes
@@ -1367,7 +1369,7 @@ def _read_checkpoint(model: Any, file: Path) -> dict[int, Row]:
         raise ValueError(
             f"The checkpoint does not fit the model, which lacks {sorted(extra)}.{ADVICE}"
         )
-    for group, variables in _variables_of(model).items():
+    for group, variables in groups.items():
         for variable, key in zip(variables, sources[group]):
             variable.assign(arrays[key])
     return rows
@@ -1454,7 +1456,7 @@ class _Upload:
         push = self.push
         try:
             names, _ = _user_files(push.output_dir, push.checkpoint, warn=self.final)
-            self.save.add(push.output_dir, sorted({*names} - {*self.save.written}))
+            self.save.add(push.output_dir, sorted({*names} - self.save.written))
             with _quiet_client(self.final and bool(push._fit_argument("verbose"))):
                 seconds = FINAL_SECONDS if self.final else BACKGROUND_SECONDS
                 commit = _attempt(
@@ -1507,7 +1509,7 @@ class _Upload:
         huggingface_hub may wait for an answer for ever. The thread can be abandoned, since it is a
         daemon; should it wake up later, its commit is refused once a newer one is there.
         """
-        sizes = (path.stat().st_size for path in self.save.folder.rglob("*") if path.is_file())
+        sizes = ((self.save.folder / name).stat().st_size for name in self.save.names())
         seconds = ATTEMPT_SECONDS + sum(sizes) / SLOWEST_LINK
         try:
             return _within(seconds, self.commit)
@@ -1525,7 +1527,7 @@ class _Upload:
         head = api.model_info(repo_id)
         on_hub = {file.rfilename for file in head.siblings or []}
         names = self.save.names()
-        if removed := sorted({*self.save.written} - {*names}):
+        if removed := sorted(self.save.written - {*names}):
             raise _PushError(f"{removed} were removed during the upload")
         if CARD in on_hub and CARD in names and head.sha != push._card_commit:
             theirs = api.hf_hub_download(repo_id, CARD, revision=head.sha, local_dir=self.save.root)
@@ -1544,11 +1546,16 @@ class _Upload:
         )
         if ".gitignore" in on_hub:
             siblings = api.model_info(repo_id, revision=commit.oid).siblings or []
-            own = {*names} & {*self.save.written}
+            own = self.save.written & {*names}
             if missing := sorted(own - {file.rfilename for file in siblings}):
                 raise _PushError(f".gitignore on the Hub keeps {missing} away")
         push._card_commit = commit.oid if CARD in names else None
         return commit
+
+
+def _client(token: str | None) -> Any:
+    """Returns huggingface_hub's client; a token that was read from a file may end in a line break."""
+    return huggingface_hub.HfApi(token=(token or "").strip() or None)
 
 
 def _create_repo(api: Any, name: str) -> str:
@@ -1849,8 +1856,8 @@ def _adapt_card(push: PushToHubCallback, existing: str | Path, card: Path) -> bo
         with contextlib.suppress(Exception):  # YAML that somebody has broken
             theirs = huggingface_hub.metadata_load(existing) or {}
         ours = huggingface_hub.metadata_load(card) or {}
-        added = theirs.keys() - {*ours, "model-index", "metrics"} if body else theirs.keys()
-        push._card_metadata |= {key: theirs[key] for key in theirs if key in added}
+        skipped = {*ours, "model-index", "metrics"} if body else set()
+        push._card_metadata |= {key: theirs[key] for key in theirs if key not in skipped}
         huggingface_hub.metadata_save(card, {**ours, **push._card_metadata})
     return True
 
