@@ -1,5 +1,20 @@
 # Copyright (c) 2026 The keras_callbacks authors
 # SPDX-License-Identifier: MIT
+#
+# Permission is hereby granted, free of charge, to any person obtaining a copy of this software
+# and associated documentation files (the "Software"), to deal in the Software without
+# restriction, including without limitation the rights to use, copy, modify, merge, publish,
+# distribute, sublicense, and/or sell copies of the Software, and to permit persons to whom the
+# Software is furnished to do so, subject to the following conditions:
+#
+# The above copyright notice and this permission notice shall be included in all copies or
+# substantial portions of the Software.
+#
+# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING
+# BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+# NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM,
+# DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+# OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 """Two callbacks for Keras' `fit`: metrics in plain Python, and pushing to the Hugging Face Hub.
 
 `KerasMetricCallback` predicts (or generates) a whole evaluation set at the end of each epoch and
@@ -9,7 +24,7 @@ callbacks"; any Keras model will do: Keras 3 on each backend, tf_keras, KerasHub
 
 To vendor it, copy this one file into your project. It needs Python 3.10, tensorflow 2.15, numpy and
 huggingface_hub 0.25 or newer (and h5py and tqdm, which these bring along).
-MIT licence, see the LICENSE file beside it or https://opensource.org/license/mit.
+MIT licence, above.
 """
 
 from __future__ import annotations
@@ -66,17 +81,18 @@ BACKGROUND_SECONDS = 60.0  # the same for a push while training goes on
 FINAL_SECONDS = 300.0  # the same for the push of the final state
 SLOWEST_LINK = 100_000  # bytes a second that the wait for the final push allows for
 FINAL_MESSAGE = "End of training"
+MISSING = (hub_utils.EntryNotFoundError, hub_utils.RepositoryNotFoundError)
 CARD = "README.md"
 CHECKPOINT = "checkpoint/state.weights.h5"
 RESCUED = "rescued.weights.h5"  # of a model that could not be saved
 PRIVATE = ".keras_callbacks-"  # how the hidden folders begin in which saves are written and copied
 NEVER_PUSHED = [  # hidden files and files that may hold a secret, at any depth of output_dir
-    pattern
+    before + re.sub("[a-z]", lambda letter: f"[{letter[0]}{letter[0].upper()}]", name) + after
     for name in f"""
         .* *.env *.pem *.key *.p12 *.pfx *.ppk id_rsa* id_dsa* id_ecdsa* id_ed25519* credentials*
         client_secret* kaggle.json token token.txt stored_tokens _netrc {RESCUED}
     """.split()
-    for pattern in (name, f"*/{name}")
+    for before, after in itertools.product(("", "*/"), ("", "/*"))
 ]
 CARD_ARGS = "dataset dataset_args dataset_tags finetuned_from language license tags tasks".split()
 
@@ -298,6 +314,7 @@ class PushToHubCallback(_AnyKerasCallback):
         save_steps: Batches between saves, counted over the whole `fit`. Needed for "steps".
         tokenizer: A tokenizer or processor to save beside the model. Defaults to none.
         hub_model_id: The repository, "name" or "owner/name". Defaults to the name of `output_dir`.
+            Unless it exists it is made, public where the account or organization says nothing else.
         hub_token: The token to push with. Defaults to the one that `hf auth login` stored.
         checkpoint: Whether the end of each epoch also saves what `load_repo_checkpoint` needs to
             resume: weights, state of the optimizers, epoch. Only with "epoch". Defaults to False.
@@ -545,9 +562,9 @@ def load_repo_checkpoint(
         `{"epoch": N}`, the epoch that was finished last, counted from 0.
 
     Raises:
-        FileNotFoundError: There is no such folder, or no checkpoint in it or in the repository.
+        FileNotFoundError: There is no such folder or repository, or no checkpoint in it.
         ValueError: The checkpoint is damaged, or belongs to another model or optimizer.
-        PermissionError: The checkpoint may not be read.
+        OSError: The checkpoint may not be read, or there is no space for a second one.
         huggingface_hub.utils.HfHubHTTPError: The Hub refuses.
         ConnectionError: The Hub cannot be reached.
     """
@@ -561,7 +578,7 @@ def load_repo_checkpoint(
             newest = _attempt(api, lambda: api.model_info(name).sha, CREATION_SECONDS)
             download = functools.partial(api.hf_hub_download, name, CHECKPOINT, revision=newest)
             file = Path(_attempt(api, download, CREATION_SECONDS))
-        except (hub_utils.HFValidationError, hub_utils.EntryNotFoundError) as error:
+        except (hub_utils.HFValidationError, *MISSING) as error:
             raise FileNotFoundError(
                 f"{name} is neither a folder nor a repository with a {CHECKPOINT}: {error}"
             ) from error
@@ -1210,7 +1227,7 @@ def _unsaved_variables(model: Any) -> dict[str, Any]:
         if is_keras_2 and part is not model.optimizer or not hasattr(part, "build"):
             variables = part.variables() if callable(part.variables) else part.variables
             found |= {f"{place}/{n}": variable for n, variable in enumerate(variables)}
-        if hasattr(rate := part.learning_rate, "assign"):
+        if hasattr(rate := getattr(part, "learning_rate", None), "assign"):
             found[f"{place}/learning_rate"] = rate
     paths = [str(getattr(each, "path", each.name)).rpartition("/") for each in model.variables]
     kinds = ("lora_", "seed_generator_state")
@@ -1356,9 +1373,7 @@ class _Upload:
     def run(self) -> None:
         """Takes the snapshot and attempts the commit until it is made, refused or given up."""
         is_decided = huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS is not None
-        hides_bars = not (self.shows_bars or is_decided or hub_utils.are_progress_bars_disabled())
-        if hides_bars:  # they would be drawn into Keras' own
-            hub_utils.disable_progress_bars()
+        hides_bars = False
         try:
             with _private_folder(self.output_dir) as private:
                 snapshot = Path(private, "snapshot")
@@ -1372,6 +1387,9 @@ class _Upload:
                     self.predecessor = None
                     if self.stop.is_set():
                         raise InterruptedError("waiting for it was interrupted")
+                are_hidden = is_decided or hub_utils.are_progress_bars_disabled()
+                if hides_bars := not (self.shows_bars or are_hidden):
+                    hub_utils.disable_progress_bars()  # they would be drawn into Keras' own
                 seconds = FINAL_SECONDS if self.message == FINAL_MESSAGE else BACKGROUND_SECONDS
                 commit = functools.partial(self.commit, snapshot, names)
                 result = _attempt(self.api, commit, seconds, self.stop)
@@ -1447,7 +1465,7 @@ def _pushable_files(folder: Path) -> list[str]:
     found: list[str] = []
     for parent, folders, files in os.walk(folder):
         paths = {n: Path(parent, n).relative_to(folder).as_posix() for n in [*folders, *files]}
-        never = {n for n, p in paths.items() for x in NEVER_PUSHED if fnmatchcase(p.lower(), x)}
+        never = {n for n, p in paths.items() for x in NEVER_PUSHED if fnmatchcase(p, x)}
         found += sorted(paths[name] for name in files if name not in never)
         folders[:] = [name for name in folders if name not in never]
     return found
@@ -1625,7 +1643,7 @@ def _fingerprint(model: Any) -> tuple[int, ...] | None:
                 array = np.asarray(memoryview(bits)).reshape(-1)
             else:
                 array = np.asarray(variable).reshape(-1).view(np.uint8)
-        except RuntimeError:
+        except Exception:  # RuntimeError, or one of TensorFlow's own
             return None
         words = array[: len(array) // 8 * 8].view(np.uint64)
         sums.append((int(words.sum()) + int(array[words.nbytes :].sum())) % 2**64)
