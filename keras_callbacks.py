@@ -29,6 +29,7 @@ MIT licence, above.
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import contextlib
 import copy
@@ -52,7 +53,6 @@ import threading
 import time
 import types
 import weakref
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -84,6 +84,7 @@ FINAL_MESSAGE = "End of training"
 MISSING = (hub_utils.EntryNotFoundError, hub_utils.RepositoryNotFoundError)
 CARD = "README.md"
 CHECKPOINT = "checkpoint/state.weights.h5"
+STATE = "keras_callbacks/state"  # what we add to a checkpoint, beside variables
 RESCUED = "rescued.weights.h5"  # of a model that could not be saved
 PRIVATE = ".keras_callbacks-"  # how the hidden folders begin in which saves are written and copied
 NEVER_PUSHED = [  # hidden files and files that may hold a secret, at any depth of output_dir
@@ -105,11 +106,8 @@ class IntervalStrategy(str, enum.Enum):
     EPOCH = "epoch"
 
 
-class EvalPrediction(NamedTuple):
-    """What a `metric_fn` with a single required parameter receives."""
-
-    predictions: Any
-    label_ids: Any
+# What a `metric_fn` with a single required parameter receives.
+EvalPrediction = collections.namedtuple("EvalPrediction", ["predictions", "label_ids"])
 
 
 class _AnyKerasCallback(tf.keras.callbacks.Callback):  # type: ignore[misc]
@@ -203,10 +201,9 @@ class KerasMetricCallback(_AnyKerasCallback):
         self.predict_with_generate = predict_with_generate
         self.use_xla_generation = use_xla_generation
         self.generate_kwargs = dict(generate_kwargs or {})
-        self._prepared_for: list[Any] = []  # the model, its compilation, the settings of generation
+        self._prepared_for: list[Any] = []  # the settings that `_run` was made for
         self._run: Callable[[Any], Any] = lambda element: None  # gives the outputs for an element
-        self._opened: Iterator[Any] | None = None  # by the rehearsal, for the first epoch
-        self._batches_before = 0  # of the evaluation before
+        self._opened: Iterator[Any] | None = None  # by the rehearsal for the first epoch
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Rehearses an epoch's end with the first batch, which the first epoch evaluates again."""
@@ -214,7 +211,10 @@ class KerasMetricCallback(_AnyKerasCallback):
         variables = model.variables if hasattr(_kind_of(model).keras, "ops") else []  # of Keras 3
         seeds = [(v, np.asarray(v)) for v in variables if v.name == "seed_generator_state"]
         try:
-            self._prepare()
+            if self._settings() != self._prepared_for:
+                generates, kwargs = self.predict_with_generate, self.generate_kwargs
+                given = model, spec, self.label_cols, kwargs, self.use_xla_generation
+                self._run = _generator(*given) if generates else _predictor(model, spec)
             elements = filter(_has_examples, self.eval_dataset)
             read = list(itertools.islice(elements, 1))
             self._evaluate(read)
@@ -227,15 +227,18 @@ class KerasMetricCallback(_AnyKerasCallback):
             ) from error
         for variable, value in seeds:  # training goes on as without the rehearsal
             variable.assign(value)
-        self._opened, self._batches_before = itertools.chain(read, elements), 0
+        self._prepared_for = self._settings()  # which the `generate` of Whisper changes itself
+        # Data of unknown size may be such that can be read only once. Others are read anew: an
+        # open iterator would lock a cache in a file, which `validation_data` may read as well.
+        is_known = int(self.eval_dataset.cardinality()) >= 0
+        self._opened = None if is_known else itertools.chain(read, elements)
         if self.predict_with_generate:
-            self._prepare(is_prepared=True)  # Whisper's `generate` changes settings itself
             _warn_of_withheld_prompts(model, read[0], self.label_cols)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Evaluates the whole set in one pass and adds what `metric_fn` returns to `logs`."""
-        if self._prepared_for[:1] != [self.model]:
-            self._prepare()
+        if self._prepared_for[:1] != [self.model]:  # outside of `fit`
+            self.on_train_begin()
         elements, self._opened = self._opened or filter(_has_examples, self.eval_dataset), None
         total = int(self.eval_dataset.cardinality())  # negative if it is not known
         # tqdm: None hides the bar off a terminal. "auto" is the default of `fit`.
@@ -248,25 +251,17 @@ class KerasMetricCallback(_AnyKerasCallback):
         if logs is not None:
             logs.update(metrics)
 
-    def _prepare(self, is_prepared: bool = False) -> None:
-        """Makes the function that predicts or generates, unless nothing has changed since then.
-
-        It holds on to the model, to how that was compiled and to the settings of generation.
-        """
-        model, spec, settings = self.model, self.eval_dataset.element_spec, b""
+    def _settings(self) -> list[Any]:
+        """Returns what the way to predict or generate depends on, to see whether it changed."""
+        model, pickled = self.model, b""
         model.make_predict_function()  # a new one after `compile`
         if self.predict_with_generate:
             configs = [getattr(model, name, None) for name in ("config", "generation_config")]
-            try:  # only to see changes, in objects such as logits processors too; never unpickled
-                settings = pickle.dumps([self.generate_kwargs, *configs])
+            try:  # sees changes in objects such as logits processors too; never unpickled
+                pickled = pickle.dumps([self.generate_kwargs, *configs])
             except Exception:  # what cannot be compared counts as changed
-                settings = os.urandom(16)
-        now = [model, model.predict_function, model.run_eagerly, settings]
-        if now != self._prepared_for and not is_prepared:
-            generates, kwargs = self.predict_with_generate, self.generate_kwargs
-            given = model, spec, self.label_cols, kwargs, self.use_xla_generation
-            self._run = _generator(*given) if generates else _predictor(model, spec)
-        self._prepared_for = now
+                pickled = os.urandom(16)
+        return [model, model.predict_function, model.run_eagerly, pickled]
 
     def _evaluate(self, elements: Iterable[Any]) -> EvalPrediction:
         """Returns predictions and labels of all elements; memory holds these and one batch."""
@@ -282,13 +277,11 @@ class KerasMetricCallback(_AnyKerasCallback):
                 outputs = _select_outputs(self.model, outputs, self.output_cols)
             predictions.append(_to_numpy(outputs, token, generates))
         if not predictions:
-            before = self._batches_before
             raise ValueError(
-                "eval_dataset must give at least one batch, but it gave none"
-                + f" after {before} at the epoch before: it can be read only once. Open its source "
-                "anew in the function given to from_generator, or cache() it." * bool(before)
+                "eval_dataset must give at least one batch, but it gave none. If it gave some "
+                "before, it can be read only once: open its source anew in the function given to "
+                "from_generator, or cache() it."
             )
-        self._batches_before = len(predictions)
         return EvalPrediction(_concatenate(predictions, token), _concatenate(labels))
 
 
@@ -379,20 +372,21 @@ class PushToHubCallback(_AnyKerasCallback):
         # A token that was read from a file may end in a line break.
         self._api = huggingface_hub.HfApi(token=(hub_token or "").strip() or None)
         name = hub_model_id or self.output_dir.resolve().name
-        self.hub_model_id, self._card_metadata = _open_repo(self._api, name, self.output_dir)
+        opened = _open_repo(self._api, name, self.output_dir)
+        self.hub_model_id, known_files, self._card_metadata = opened
+        self._known_files = {*known_files}  # which saves replace silently
         self._url = f"{self._api.endpoint}/{self.hub_model_id}"
-        self._known_files = {*_pushable_files(self.output_dir)}  # which saves replace silently
         self.training_history: list[Row] = []
         self.last_job: concurrent.futures.Future[Any] | None = None
-        self._fingerprints: dict[int, Any] = {}  # of the weights at the end of each epoch
-        self._steps = self._steps_of_epochs = 0  # trained in this `fit`, and up to this epoch
+        self._epochs: dict[Any, int] = {}  # the first one that ended with weights, by their bits
+        self._steps = 0  # trained in this `fit`
         self._first_update: int | None = None  # of the optimizer in this `fit`, if it counts steps
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Starts history and counts anew, and refuses a model that could not be saved."""
         model, kind = self.model, _kind_of(self.model)
-        self.training_history, self._fingerprints = [], {}
-        self._steps, self._steps_of_epochs, self._first_update = 0, 0, _count_updates(model)
+        self.training_history, self._epochs = [], {}
+        self._steps, self._first_update = 0, _count_updates(model)
         try:
             if kind.library == "transformers" and model.can_generate():  # a temperature alone, say
                 with tempfile.TemporaryDirectory() as folder:
@@ -409,89 +403,95 @@ class PushToHubCallback(_AnyKerasCallback):
         """Saves when `save_steps` more batches are trained."""
         if self.save_strategy != IntervalStrategy.STEPS:
             return
-        before, self._steps = self._steps, self._steps_of_epochs + batch + 1
+        before, self._steps = self._steps, self._steps + 1
         if self._first_update is not None:
             self._steps = (_count_updates(self.model) or 0) - self._first_update
         if self._steps // self.save_steps > before // self.save_steps:  # type: ignore[operator]
-            self._save_and_push(f"Training in progress, step {self._steps}")
+            epoch = self._epochs.get(_fingerprint(self.model))
+            self._save_and_push(f"Training in progress, step {self._steps}", epoch)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Records the logs and, with "epoch", saves."""
-        self._steps_of_epochs = self._steps
         row, rows = _numbers_in(logs or {}), _history.get(self.model, {})
         self.training_history.append(row)
         _history[self.model] = {n: rows[n] for n in rows if n < epoch} | {epoch: row}
+        # Another callback may have put back the weights of an earlier epoch, or averaged them: the
+        # EarlyStopping of Keras 2.15 does so before the last epoch's end is seen here.
+        if weights := _fingerprint(self.model):
+            self._epochs.setdefault(weights, epoch)
         if self.save_strategy == IntervalStrategy.EPOCH:
-            self._save_and_push(f"Training in progress, epoch {epoch}", epoch, self.checkpoint)
-        else:
-            self._fingerprints[epoch] = _fingerprint(self.model)
+            message = f"Training in progress, epoch {epoch}"
+            self._save_and_push(message, self._epochs.get(weights), self.checkpoint)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Saves the final state, pushes it and waits until it is on the Hub."""
-        self._save_and_push(FINAL_MESSAGE)
+        epoch = self._epochs.get(_fingerprint(self.model))
+        if upload := self._save_and_push("End of training", epoch, is_final=True):
+            self._wait_for(upload)
 
     def _save_and_push(
-        self, message: str, epoch: int | None = None, checkpoint: bool = False
-    ) -> None:
-        """Writes a save, moves it into `output_dir` and starts its upload unless one runs.
+        self, message: str, epoch: int | None, has_checkpoint: bool = False, is_final: bool = False
+    ) -> _Upload | None:
+        """Writes a save, puts it into `output_dir` and returns its upload, unless another one runs.
 
         Every process of a distributed training writes, since saving and reading metrics can be
-        collective; the chief alone publishes and pushes. `epoch` is the one that ends with it.
+        collective; the chief alone publishes and pushes. `epoch` ended with these weights.
         """
         place = self.output_dir if _kind_of(self.model).is_chief else None  # None: temporary files
-        running, hint = _uploads.get(self.hub_model_id), ""
-        is_final = message == FINAL_MESSAGE
-        try:
-            with _private_folder(place) as folder:
-                self._write_save(Path(folder), epoch, checkpoint)
-                if place is None:
-                    return
-                if running is not None:
-                    running.has_snapshot.wait()
-                written = _publish(Path(folder), place, self._known_files)
-        except Exception as error:
-            is_full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-            if is_full and running is not None and not running.future.done() and not is_final:
-                logger.warning('"%s" was not saved while an upload needs the space.', message)
-                return
-            with contextlib.suppress(Exception):  # Keras may still be able to write the weights
-                with _private_folder(place) as folder:
-                    _check_free_space(self.model, Path(folder))
-                    _write_checkpoint(self.model, {}, Path(folder, RESCUED))
-                    if place is not None:
-                        _publish(Path(folder), place, {RESCUED})
-                        hint = f" The weights are in {place / RESCUED}, for model.load_weights."
-            raise RuntimeError(
-                f"Could not write a save to {self.output_dir}: {type(error).__name__}: {error}. "
-                f"Every file there is still whole.{hint}"
-            ) from error
-        if running is not None and not running.future.done() and not is_final:
-            return
-        shows = is_final and bool(self.params.get("verbose"))
-        upload = _Upload(self._api, self.hub_model_id, place, written, message, shows, running)
-        self.last_job = upload.future
-        if is_final:
-            self._push_and_wait(upload)
-        else:
-            upload.start()
+        running = _uploads.get(self.hub_model_id)
+        is_busy = running is not None and not running.future.done() and not is_final
+        with contextlib.ExitStack() as stack:
+            folder = Path(tempfile.mkdtemp(prefix=PRIVATE, dir=place))
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            try:
+                self._write_save(folder, epoch, has_checkpoint)
+                names = _publish(folder, place, self._known_files) if place else []
+            except Exception as error:
+                if is_busy and getattr(error, "errno", None) == errno.ENOSPC:
+                    logger.warning('"%s" was not saved while an upload needs the space.', message)
+                    return None
+                raise RuntimeError(
+                    f"Could not write a save to {self.output_dir}: {type(error).__name__}: {error}."
+                    f" Every file there is still whole.{self._rescue_weights(folder, place)}"
+                ) from error
+            if is_busy or place is None:
+                return None
+            shows_bars = is_final and bool(self.params.get("verbose"))
+            of_save = place, folder, names, message, is_final, shows_bars
+            upload = _Upload(self._api, self.hub_model_id, *of_save, running)
+            try:
+                threading.Thread(target=upload.run, daemon=True).start()
+                stack.pop_all()  # from here on the upload removes the folder
+                _uploads[self.hub_model_id] = upload
+            except RuntimeError as error:  # there can be no more threads
+                upload.fail(error)
+            self.last_job = upload.future
+        return upload
 
-    def _push_and_wait(self, upload: _Upload) -> None:
-        """Pushes the final state, waits as long as a slow link may take, and says how it ended."""
-        reason = "waiting for it was interrupted"
-        if upload.shows_bars:
-            with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
-                print(f"Pushing {self.output_dir} to {self._url}")
+    def _rescue_weights(self, folder: Path, place: Path | None) -> str:
+        """Writes the weights of a model that cannot be saved; returns what to say of them."""
+        with contextlib.suppress(Exception):
+            _check_free_space(self.model, folder, has_checkpoint=True)
+            _write_checkpoint(self.model, {}, folder / RESCUED)
+            if place is not None:
+                os.replace(folder / RESCUED, place / RESCUED)
+                return f" The weights are in {place / RESCUED}, for model.load_weights."
+        return ""
+
+    def _wait_for(self, upload: _Upload) -> None:
+        """Waits for the final push, as long as a slow link may take, and says how it ended."""
+        future, reason = upload.future, "waiting for it was interrupted"
+        say = print if upload.shows_bars else logger.debug
         try:
-            upload.start()
-            upload.has_snapshot.wait()
-            seconds = FINAL_SECONDS + upload.size / SLOWEST_LINK
-            concurrent.futures.wait([upload.future], seconds)
-            reason = f"the Hub has not taken it within {seconds:.0f} seconds"
+            with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
+                say(f"Pushing {self.output_dir} to {self._url}")
+            concurrent.futures.wait([future], FINAL_SECONDS)
+            concurrent.futures.wait([future], upload.size / SLOWEST_LINK)
+            reason = "the Hub has not taken it in time"
         finally:
             upload.stop.set()
-            is_done = upload.future.done()
-            error = upload.future.exception() if is_done else None
-            if error is not None or not is_done:
+            error = future.exception() if future.done() else None
+            if error is not None or not future.done():
                 logger.error(
                     "The final state could not be pushed to %s: %s. It is complete in %s; push it "
                     "with:\nhuggingface_hub.HfApi().upload_folder(repo_id=%r, folder_path=%r, "
@@ -499,15 +499,15 @@ class PushToHubCallback(_AnyKerasCallback):
                     *(self._url, _diagnose(error)[0] if error else reason, self.output_dir),
                     *(self.hub_model_id, str(self.output_dir)),
                 )
-            elif upload.shows_bars:
+            else:
                 with contextlib.suppress(OSError, ValueError):
-                    print(f"Pushed: {upload.future.result().commit_url}")
+                    say(f"Pushed: {future.result().commit_url}")
 
-    def _write_save(self, folder: Path, epoch: int | None, checkpoint: bool) -> None:
+    def _write_save(self, folder: Path, epoch: int | None, has_checkpoint: bool) -> None:
         """Writes all files of a save into a folder: model, tokenizer, checkpoint and card."""
         model, kind, tokenizer = self.model, _kind_of(self.model), self.tokenizer
-        rows, state = _history.get(model, {}), _fingerprint(model)
-        _check_free_space(model, folder, copies=2 if checkpoint else 1)
+        rows = _history.get(model, {})
+        _check_free_space(model, folder, has_checkpoint)
         if kind.library == "transformers":
             model.save_pretrained(str(folder))
         elif kind.library == "keras-hub":
@@ -519,20 +519,14 @@ class PushToHubCallback(_AnyKerasCallback):
         if tokenizer is not None:
             write = getattr(tokenizer, "save_pretrained", None) or tokenizer.save_to_preset
             write(str(folder))
-        if checkpoint:
+        if has_checkpoint:
             (folder / CHECKPOINT).parent.mkdir(exist_ok=True)
             _write_checkpoint(model, rows, folder / CHECKPOINT)
-        self._fingerprints |= {} if epoch is None else {epoch: state}
-        # Another callback may have put back the weights of an earlier epoch, or averaged them. The
-        # EarlyStopping of Keras 2.15 does so before the last epoch's end is seen here: the first
-        # epoch of these weights counts.
-        epochs = [n for n, each in self._fingerprints.items() if each == state is not None]
+        facts = {key: self.params.get(key) for key in ("epochs", "steps")} | self.model_card_args
+        facts |= {"repo_id": self.hub_model_id, "tokenizer": tokenizer}
         try:  # a failure here does not stop the weights
-            facts = {"epochs": self.params.get("epochs"), "steps": self.params.get("steps")}
-            facts |= {"repo_id": self.hub_model_id, **self.model_card_args}
-            facts["code"] = _loading_code(model, folder, self.hub_model_id, tokenizer)
-            card = _model_card(model, facts, self._card_metadata, rows, next(iter(epochs), None))
-            if _is_replaceable(self.output_dir / CARD, card, self._url):
+            card = _model_card(model, facts, self._card_metadata, rows, epoch)
+            if _is_replaceable(self.output_dir / CARD, self._url):
                 (folder / CARD).write_text(card, "utf-8", errors="replace")
         except Exception as error:
             logger.warning("No model card was written: %s: %s", type(error).__name__, error)
@@ -564,7 +558,7 @@ def load_repo_checkpoint(
     Raises:
         FileNotFoundError: There is no such folder or repository, or no checkpoint in it.
         ValueError: The checkpoint is damaged, or belongs to another model or optimizer.
-        OSError: The checkpoint may not be read, or there is no space for a second one.
+        OSError: The checkpoint may not be read.
         huggingface_hub.utils.HfHubHTTPError: The Hub refuses.
         ConnectionError: The Hub cannot be reached.
     """
@@ -584,29 +578,30 @@ def load_repo_checkpoint(
             ) from error
     if not file.is_file():
         raise FileNotFoundError(f"Expected {file}, which an epoch with checkpoint=True writes.")
-    was_built = model.built
-    if differences := _compare_with_checkpoint(model, file):
-        model.built = was_built
+    there, rows = _read_checkpoint(file)
+    optimizer: Any = getattr(model, "optimizer", None)
+    for place in [name for name, part in _parts_of(model).items() if part is optimizer]:
+        has_more = len(there.get(place, [[]])[-1]) > len(_variables_of(optimizer))
+        if has_more and hasattr(optimizer, "build"):  # which has no state yet
+            with _kind_of(model).strategy.scope():
+                optimizer.build(model.trainable_variables)
+    if differences := _differences(there, _describe(model)):
         raise ValueError(
             f"The checkpoint does not fit the model; {len(differences)} differences, such as "
             f"{', '.join(differences[:3])}. Build, freeze and compile the model as it was when it "
             "was saved, its parts in the same order. Optimizers other than model.optimizer, and "
             "those without `build`, are built by one training step: then load."
         )
+    model.built = model.built or bool(model.variables)  # a GAN: Keras 3.15 asks for a call of it
     model.load_weights(str(file))
     with h5py.File(file) as opened:
         for name, variable in _unsaved_variables(model).items():
             variable.assign(opened[f"keras_callbacks/variables/{name}"][()])
     # What is traced may hold constants of layers, as Normalization does.
     model.train_function = model.test_function = model.predict_function = None
-    _history[model] = _contents_of(file)[2]
-    return {"epoch": max(_history[model])}
+    _history[model] = rows
+    return {"epoch": max(rows)}
 
-
-# Makes a hidden folder, in this one or (for None) among temporary files, removed with its `with`.
-_private_folder = functools.partial(
-    tempfile.TemporaryDirectory, None, PRIVATE, ignore_cleanup_errors=True
-)
 
 # Kept outside the models, whose attributes might be saved with them; resumed training goes on here.
 _history: weakref.WeakKeyDictionary[Any, dict[int, Row]] = weakref.WeakKeyDictionary()  # by epoch
@@ -617,23 +612,20 @@ _history: weakref.WeakKeyDictionary[Any, dict[int, Row]] = weakref.WeakKeyDictio
 
 def _takes_pair(metric_fn: Any) -> bool:
     """Returns whether `metric_fn` takes one pair rather than predictions and labels."""
-    if not callable(metric_fn):
-        raise TypeError(f"metric_fn must be callable, but received {metric_fn!r}.")
     try:
         signature = inspect.signature(metric_fn)
-    except ValueError:  # some functions written in C have none
-        return False
-    parameters = signature.parameters.values()
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    required = [p for p in positional if p.default is p.empty]
-    takes_labels = len(positional) > 1 and positional[1].name == "labels"
-    is_pair = len(required or positional) == 1 and not takes_labels
-    try:
+        parameters = signature.parameters.values()
+        named = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        required = [p for p in named if p.default is p.empty]
+        takes_labels = len(named) > 1 and named[1].name == "labels"
+        is_pair = len(required or named) == 1 and not takes_labels
         signature.bind(*[None] * (1 if is_pair else 2))
-    except TypeError:
+    except ValueError:  # some functions written in C have no signature
+        return False
+    except TypeError as error:
         raise TypeError(
             "metric_fn must take predictions and labels, or one argument that holds both, "
-            f"but received a function with the signature {signature}."
+            f"but received {metric_fn!r}: {error}."
         ) from None
     return is_pair
 
@@ -651,9 +643,6 @@ def _as_dataset(data: Any, batch_size: int | None) -> Any:
                 "batch_size must be a positive integer when eval_dataset is not a "
                 f"tf.data.Dataset, but received batch_size={batch_size!r}."
             )
-        if isinstance(data, tuple):  # Keras' lists of inputs, which tf.data would stack
-            are_lists = [isinstance(part, list) and np.ndim(part[0]) > 0 for part in data]
-            data = tuple(tuple(part) if is_list else part for is_list, part in zip(are_lists, data))
         data = tf.data.Dataset.from_tensor_slices(data).batch(batch_size)
     size, spec = int(data.cardinality()), data.element_spec
     if size == tf.data.INFINITE_CARDINALITY:
@@ -721,10 +710,7 @@ def _labels_of(element: Any, label_cols: list[str] | None) -> Any:
 
 def _has_examples(element: Any) -> bool:
     """Returns whether a batch has any example."""
-    first = element
-    while isinstance(first, (tuple, Mapping)):
-        first = next(iter(first.values() if isinstance(first, Mapping) else first), None)
-    return getattr(first, "shape", ())[:1] != (0,)
+    return bool(tf.nest.flatten(element)[0].shape[:1] != (0,))
 
 
 # Models -------------------------------------------------------------------------------------------
@@ -818,15 +804,10 @@ def _predictor(model: Any, spec: Any) -> Callable[[Any], Any]:
         return outputs
 
     call = run
-    if (
-        kind.own - {"predict_step"}
-        or (kind.backend != "tensorflow" and not (is_dense and model.built))
-        or (kind.backend == "torch" and gets_all)
-    ):
+    is_torch, is_jax = kind.backend == "torch", kind.backend == "jax"
+    if kind.own - {"predict_step"} or is_torch or (is_jax and not (is_dense and model.built)):
         call = lambda data: model.predict(tf.data.Dataset.from_tensors(data), verbose=0)
-    elif kind.backend == "torch":
-        call = lambda data: model.predict_on_batch(tf.nest.map_structure(np.asarray, data)[0])
-    elif kind.backend == "jax":
+    elif is_jax:
         if model.jit_compile and not model.run_eagerly:
             step = sys.modules["jax"].jit(step)
         call = run_on_jax
@@ -891,10 +872,11 @@ def _generator(
         names = list(inspect.signature(model.call).parameters)  # of inputs in a tuple
         if isinstance(inputs, Mapping):
             names = _columns_taken(model, inputs) or list(inputs)
+            withheld |= inputs.keys() - {*names}
         withheld |= {name for name in names if name.startswith("decoder_")}
         withheld -= {main, "attention_mask"}
         withheld |= {"attention_mask"} if "input_ids" in withheld else set()
-        generate = _XlaGenerate(generate) if use_xla else generate
+        generate = _compile_with_xla(generate) if use_xla else generate
     elif use_xla:
         logger.warning(
             "use_xla_generation has no effect on %s, which compiles generate itself; "
@@ -904,18 +886,17 @@ def _generator(
 
     def generate_batch(element: Any) -> Any:
         given = _split(element)[0]
+        if is_transformers and not isinstance(given, Mapping):
+            given = dict(zip(names, given)) if isinstance(given, tuple) else {main: given}
+        if isinstance(given, Mapping):
+            given = {name: column for name, column in given.items() if name not in withheld}
         if is_transformers:
-            if not isinstance(given, Mapping):
-                given = dict(zip(names, given)) if isinstance(given, tuple) else {main: given}
-            others = {n: given[n] for n in names if n in given and n != main and n not in withheld}
-            made = generate(given[main], **others)
+            made = generate(**given)
             if not isinstance(made, Mapping):
                 return made
             return {n: tuple(x) if isinstance(x, list) else x for n, x in made.items()}  # of steps
-        if isinstance(given, Mapping):
-            given = {name: column for name, column in given.items() if name not in withheld}
-            if hasattr(model, "preprocessor") and list(given) == ["encoder_text"]:
-                given = given["encoder_text"]  # KerasHub takes the dict with decoder_text only
+        if hasattr(model, "preprocessor") and isinstance(given, dict) and len(given) == 1:
+            given = given.get("encoder_text", given)  # KerasHub takes a dict with decoder_text only
         if kind.backend != "tensorflow":  # which take arrays, but text as a tensor
             as_array = lambda x: x if x is None or x.dtype == tf.string else x.numpy()
             given = tf.nest.map_structure(as_array, given)
@@ -942,37 +923,36 @@ def _warn_of_withheld_prompts(model: Any, element: Any, label_cols: list[str] | 
         )
 
 
-class _XlaGenerate:
-    """Compiles `generate` with XLA, once for each width of the inputs.
+def _compile_with_xla(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `generate` of transformers compiled with XLA, once for each width of the inputs.
 
     A smaller batch, such as the last, would cost a compilation of its own (2 s for a small T5). It
     is filled up to the largest batch of its width so far by repeating its last row; the surplus
     rows are dropped.
     """
+    # Tracing a small T5 takes 9 s with AutoGraph and 0.7 s without (transformers 4.57). GPT2 and
+    # Whisper, where Python's `if` and `while` decide on tensors, fail at once without.
+    ways = [tf.function(generate, jit_compile=True, autograph=each) for each in (False, True)]
+    largest: dict[Any, int] = {}  # batch so far, by the shape of an example
 
-    def __init__(self, generate: Callable[..., Any]) -> None:
-        # Tracing a small T5 takes 9 s with AutoGraph and 0.7 s without (transformers 4.57). GPT2
-        # and Whisper, where Python's `if` and `while` decide on tensors, fail at once without.
-        self.compiled = tf.function(generate, jit_compile=True, autograph=False)
-        self.with_autograph = tf.function(generate, jit_compile=True, autograph=True)
-        self.largest: dict[Any, int] = {}  # batch so far, by the shape of an example
-
-    def __call__(self, main: Any, **others: Any) -> Any:
-        size, width = int(main.shape[0]), tuple(main.shape[1:])
-        full = self.largest[width] = max(self.largest.get(width, 0), size)
+    def generate_filled(**columns: Any) -> Any:
+        size = int(next(iter(columns.values())).shape[0])
+        width = tuple(tuple(part.shape[1:]) for part in columns.values())
+        full = largest[width] = max(largest.get(width, 0), size)
         if size < full:
             rows = np.minimum(np.arange(full), size - 1)  # the last one repeated
-            main = tf.gather(main, rows)
-            others = {name: tf.gather(part, rows) for name, part in others.items()}
+            columns = {name: tf.gather(part, rows) for name, part in columns.items()}
         try:
-            generated = self.compiled(main, **others)
+            generated = ways[0](**columns)
         except TypeError:
-            self.compiled = self.with_autograph
-            generated = self.compiled(main, **others)
+            ways[0] = ways[1]
+            generated = ways[0](**columns)
         if size == full:
             return generated
         # (full * sequences per example, ...): generate may return several for each example
         return tf.nest.map_structure(lambda x: x[: x.shape[0] * size // full], generated)
+
+    return generate_filled
 
 
 def _pad_token(model: Any, generate_kwargs: dict[str, Any]) -> int:
@@ -1018,13 +998,10 @@ def _to_numpy(batch: Any, token: int = PADDING, is_generated: bool = False) -> A
             return parts
         return tuple(parts) if type(batch) is tuple else type(batch)(*parts)
     if isinstance(batch, tf.RaggedTensor):  # row by row would take 66 times as long
-        dense: Array = np.empty(0, batch.dtype.as_numpy_dtype)
-        dtype, padding = _joined_dtype([dense], token, is_padded=True)
-        if dtype == dense.dtype:  # it can hold the padding
-            return batch.to_tensor(padding).numpy()
-        dense = batch.to_tensor().numpy()
+        dense: Array = batch.to_tensor().numpy()
         is_given = tf.ones_like(batch, tf.bool).to_tensor().numpy()
         if not is_given.all():
+            dtype, padding = _joined_dtype([dense], token, is_padded=True)
             dense = dense.astype(dtype)
             dense[~is_given] = padding
         return dense
@@ -1154,22 +1131,24 @@ def _count_updates(model: Any) -> int | None:
     return int(np.asarray(optimizer.iterations)) * in_each
 
 
-def _check_free_space(model: Any, folder: Path, copies: int = 1) -> None:
+def _check_free_space(model: Any, folder: Path, has_checkpoint: bool) -> None:
     """Raises an OSError where the variables cannot fit: HDF5 ends the process on a full disk."""
-    parts = _parts_of(model).values()
-    states = [part.variables for part in parts if hasattr(part, "apply_gradients")]
-    states = [state() if callable(state) else state for state in states]  # a method in legacy ones
+    optimizers = [x for x in _parts_of(model).values() if hasattr(x, "apply_gradients")]
+    states = list(itertools.chain(*map(_variables_of, optimizers)))
+    writes_states = _kind_of(model).library in ("keras", "tf-keras")  # with the model
     size = 2**20  # bytes, for all that is no variable
-    for variable in itertools.chain(model.variables, *states):
+    written = model.variables * (1 + has_checkpoint) + states * (writes_states + has_checkpoint)
+    for variable in written:
         with contextlib.suppress(AttributeError, TypeError, ValueError):  # it has no single shape
-            size += copies * math.prod(variable.shape) * tf.as_dtype(variable.dtype).size
+            size += math.prod(variable.shape) * tf.as_dtype(variable.dtype).size
     if (free := shutil.disk_usage(folder).free) < size:
         raise OSError(errno.ENOSPC, f"No space left on the disk: {size} bytes needed, {free} free")
 
 
 def _publish(folder: Path, output_dir: Path, known: set[str]) -> list[str]:
-    """Moves all files into `output_dir`, each in the place of its predecessor; returns their names.
+    """Puts all files into `output_dir`, each in the place of its predecessor; returns their names.
 
+    They stay in `folder`, as the snapshot of this save: only `os.replace` ever changes the others.
     `known` are the files that it may replace without a word; those of this save are added.
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -1181,34 +1160,41 @@ def _publish(folder: Path, output_dir: Path, known: set[str]) -> list[str]:
         logger.warning("Files of %s that this and further saves replace: %s.", output_dir, unknown)
     for name in names:
         (output_dir / name).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(folder / name, output_dir / name)
+        link = folder / PRIVATE
+        try:
+            os.link(folder / name, link)
+        except OSError:  # a disk without links
+            shutil.copyfile(folder / name, link)
+        os.replace(link, output_dir / name)
     known.update(names)
     return names
 
 
 def _parts_of(model: Any) -> dict[str, Any]:
     """Returns by place the layers and optimizers that a model holds: bare, in lists or in dicts."""
-    layer = _kind_of(model).keras.layers.Layer
-    containers = (layer, Mapping, list, tuple)
+    keras = _kind_of(model).keras
     found: dict[str, Any] = {}
     seen: set[int] = set()
     places: list[tuple[str, Any]] = [("model", model)]
     for place, value in places:  # which grows meanwhile
-        if id(value) in seen:
+        is_layer = isinstance(value, keras.layers.Layer)
+        is_part = is_layer or hasattr(value, "apply_gradients")
+        # Metrics, which are layers in tf_keras, begin anew in each epoch.
+        if id(value) in seen or isinstance(value, keras.metrics.Metric):
             continue
-        seen.add(id(value))
-        inside: Iterable[tuple[Any, Any]] = ()
-        if isinstance(value, layer) or hasattr(value, "apply_gradients"):
-            found[place] = value
-            inside = vars(value).items() if isinstance(value, layer) else ()
-        elif isinstance(value, Mapping):
-            inside = value.items()
-        elif isinstance(value, (list, tuple)):
-            inside = enumerate(value)
-        for name, part in inside:
-            if isinstance(part, containers) or hasattr(part, "apply_gradients"):
-                places.append((f"{place}.{name}", part))
+        if is_part or isinstance(value, (Mapping, list, tuple)):
+            seen.add(id(value))
+            found |= {place: value} if is_part else {}
+            inside = vars(value) if is_layer else {} if is_part else value
+            inside = inside if isinstance(inside, Mapping) else dict(enumerate(inside))
+            places += [(f"{place}.{name}", part) for name, part in inside.items()]
     return found
+
+
+def _variables_of(part: Any) -> list[Any]:
+    """Returns the variables of a layer or of an optimizer."""
+    variables = part.variables if hasattr(part, "apply_gradients") else part.weights
+    return list(variables() if callable(variables) else variables)  # a method in legacy ones
 
 
 def _unsaved_variables(model: Any) -> dict[str, Any]:
@@ -1225,88 +1211,55 @@ def _unsaved_variables(model: Any) -> dict[str, Any]:
         if not hasattr(part, "apply_gradients"):
             continue
         if is_keras_2 and part is not model.optimizer or not hasattr(part, "build"):
-            variables = part.variables() if callable(part.variables) else part.variables
-            found |= {f"{place}/{n}": variable for n, variable in enumerate(variables)}
+            found |= {f"{place}/{n}": each for n, each in enumerate(_variables_of(part))}
         if hasattr(rate := getattr(part, "learning_rate", None), "assign"):
             found[f"{place}/learning_rate"] = rate
     paths = [str(getattr(each, "path", each.name)).rpartition("/") for each in model.variables]
     kinds = ("lora_", "seed_generator_state")
     layers = {layer for layer, _, name in paths if name.startswith(kinds)}
     ours = [each for each, (layer, _, _) in zip(model.variables, paths) if layer in layers]
-    return found | {f"model/{n}": variable for n, variable in enumerate(ours)}
+    return found | {f"model/{n}": each for n, each in enumerate(ours)}
 
 
 def _write_checkpoint(model: Any, rows: dict[int, Row], file: Path) -> None:
     """Writes what a resumed training needs: Keras' own weights file, with a group of ours in it.
 
-    The group holds the logs by epoch and what the parts of the model are as JSON (in a data set,
-    since HDF5 limits attributes), and the variables that Keras leaves out.
+    The group holds the variables that Keras leaves out and, as JSON (in a data set, since HDF5
+    limits attributes), the logs by epoch, a description of the model and the arrays of the file.
     """
     model.built = model.built or bool(model.variables)  # a GAN: Keras 3.15 asks for a call of it
     model.save_weights(str(file))
-    parts, group = {}, _kind_of(model).keras.Model
-    for place, part in _parts_of(model).items():  # names matter where arrays are
-        is_leaf = getattr(part, "weights", None) and not isinstance(part, group)
-        name = getattr(part, "name", "") if is_leaf else ""
-        parts[place] = [type(part).__name__, getattr(part, "trainable", True), name]
     with h5py.File(file, "a") as opened:
-        opened["keras_callbacks/state"] = json.dumps({"history": rows, "parts": parts})
         for name, variable in _unsaved_variables(model).items():
             value = np.asarray(variable.numpy())
             value = value.astype("float32") if value.dtype.kind == "V" else value  # of bfloat16
             opened[f"keras_callbacks/variables/{name}"] = value
+        state = {"history": rows, "model": _describe(model), "arrays": _arrays_in(opened)}
+        opened[STATE] = json.dumps(state)
 
 
-def _compare_with_checkpoint(model: Any, file: Path) -> list[str]:
-    """Returns what differs between a checkpoint and what the model as it is would write.
-
-    Keras reads arrays by their place, whatever the layer there is called. `model.optimizer` is
-    built where the checkpoint has the state of one.
-    """
-    arrays, parts, _ = _contents_of(file)
-    with tempfile.TemporaryDirectory() as folder:
-        present = Path(folder, file.name)
-        for _ in range(2):  # the second time with an optimizer that is built
-            _check_free_space(model, present.parent)
-            _write_checkpoint(model, {0: {}}, present)
-            arrays_here, parts_here, _ = _contents_of(present)
-            lacks_state = any(name.startswith("optimizer/") for name, *_ in arrays ^ arrays_here)
-            if not lacks_state or not hasattr(getattr(model, "optimizer", None), "build"):
-                break
-            with _kind_of(model).strategy.scope():
-                model.optimizer.build(model.trainable_variables)
-    names, names_here = (sorted(part[-1] for part in each.values()) for each in (parts, parts_here))
-    compared = 3 if names == names_here else 2  # else names are automatic, and say nothing
-    shared = [place for place in parts if place in parts_here]
-    differences = [f"{name} of shape {shape}" for name, shape, _ in sorted(arrays ^ arrays_here)]
-    differences += [
-        f"{parts[place]} at {place}, where the model has {parts_here[place]}"
-        for place in shared
-        if parts[place][:compared] != parts_here[place][:compared]
-    ]
-    is_in_order = shared == [place for place in parts_here if place in parts]
-    return differences + ["the order of parts"] * (not is_in_order)
-
-
-def _contents_of(file: Path) -> tuple[set[Any], dict[str, list[Any]], dict[int, Row]]:
-    """Returns name, shape and kind of a checkpoint's arrays, its parts, and the logs by epoch.
-
-    Metrics do not count: tf_keras saves them once they are built, and each epoch resets them.
-    """
+def _arrays_in(opened: Any) -> dict[str, str]:
+    """Returns dtype and shape of the arrays in an HDF5 file, by name."""
     items: dict[str, Any] = {}
+    opened.visititems(lambda name, item: items.update({name: item}))
+    items.pop(STATE, None)
+    return {n: f"{x.dtype} {x.shape}" for n, x in items.items() if hasattr(x, "dtype")}
+
+
+def _read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[int, Row]]:
+    """Returns the description of the model that a checkpoint is of, and the logs by epoch."""
     try:
         with h5py.File(file) as opened:
-            opened.visititems(lambda name, item: items.update({name: item}))
-            state = json.loads(opened["keras_callbacks/state"][()])
-            arrays = {
-                (name, item.shape, "text" if item.dtype.kind in "OSU" else "numbers")
-                for name, item in items.items()
-                if hasattr(item, "shape") and "metrics" not in name.split("/")
-            }
+            state = json.loads(opened[STATE][()])
+            if state["arrays"] != _arrays_in(opened):
+                raise ValueError("its arrays are not those that were written")
         rows = {int(epoch): _numbers_in(row) for epoch, row in state["history"].items()}
         if min(rows) < 0:
             raise ValueError(f"there is no epoch {min(rows)}")
-        return arrays, {place: list(part) for place, part in state["parts"].items()}, rows
+        there = {}
+        for place, (of_class, flag, name, shapes) in state["model"].items():
+            there[place] = [of_class, flag, str(name), list(shapes)]
+        return there, rows
     except PermissionError:
         raise
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
@@ -1316,21 +1269,53 @@ def _contents_of(file: Path) -> tuple[set[Any], dict[str, list[Any]], dict[int, 
         ) from error
 
 
+def _describe(model: Any) -> dict[str, list[Any]]:
+    """Returns by place the class, trainable flag, name and shapes of each part of a model.
+
+    A part has those variables that no part inside it has; names matter where variables are.
+    """
+    described: dict[str, list[Any]] = {}
+    seen: set[int] = set()
+    for place, part in reversed(_parts_of(model).items()):
+        own = [each for each in _variables_of(part) if id(each) not in seen]
+        seen |= set(map(id, own))
+        name = getattr(part, "name", "") if own and hasattr(part, "weights") else ""
+        flag, shapes = getattr(part, "trainable", True), [str(tuple(each.shape)) for each in own]
+        described[place] = [type(part).__name__, flag, name, shapes]
+    unsaved = _unsaved_variables(model).items()
+    ours = {name: ["variable", True, "", [str(tuple(each.shape))]] for name, each in unsaved}
+    return dict(reversed(described.items())) | ours
+
+
+def _differences(there: dict[str, list[Any]], here: dict[str, list[Any]]) -> list[str]:
+    """Returns what differs between two descriptions, in words.
+
+    Keras reads arrays by their place, whatever the layer there is called.
+    """
+    names, names_here = (sorted(part[2] for part in each.values()) for each in (there, here))
+    if names != names_here:  # they are automatic, and say nothing
+        there, here = ({p: [*x[:2], "", x[3]] for p, x in each.items()} for each in (there, here))
+    found = [
+        f"{there.get(place, 'nothing')} at {place}, but here {here.get(place, 'nothing')}"
+        for place in there | here
+        if there.get(place) != here.get(place)
+    ]
+    return found or ["the order of parts"] * (list(there) != list(here))
+
+
 # Hub sync -----------------------------------------------------------------------------------------
 
 _uploads: dict[str, _Upload] = {}  # the newest upload to each repository, of whichever callback
 _clock = types.SimpleNamespace(now=time.monotonic, wait=threading.Event.wait)  # for tests
 TRANSIENT = (408, 409, 412, 423, 425, 429)  # statuses after which to try again, apart from 5xx
-NETWORK_ERRORS = {  # errors of the connection, by the packages that huggingface_hub has used
-    *("builtins.ConnectionError", "builtins.TimeoutError", "socket.gaierror"),
-    *("requests.ConnectionError", "requests.Timeout", "requests.ChunkedEncodingError"),
-    *("httpx.TransportError", "httpx2.TransportError"),
-}
+NETWORK_ERRORS = set("""
+    ConnectionError TimeoutError gaierror Timeout ChunkedEncodingError TransportError
+""".split())  # of the connection: Python's, those of requests, and those of httpx and httpx2
 
 
 @dataclasses.dataclass(eq=False)
 class _Upload:
-    """One snapshot of `output_dir` on its way to the Hub, in a thread of its own.
+    """One save on its way to the Hub, in a thread of its own.
 
     It shares nothing with the callback but the values it was given. The thread is a daemon: a
     script that ends may cut it off; the Hub then keeps the commit before; `output_dir` is whole.
@@ -1339,30 +1324,25 @@ class _Upload:
     api: Any
     repo_id: str
     output_dir: Path
-    written: list[str]  # the files of the save
+    folder: Path  # with the files of the save, removed at the end
+    names: list[str]  # of these files, then of all that is pushed
     message: str
+    is_final: bool
     shows_bars: bool
     predecessor: _Upload | None  # to the same repository; its state must not follow this one
-    size: int = 0  # bytes of the snapshot
-    has_snapshot: threading.Event = dataclasses.field(default_factory=threading.Event)
+    size: int = 0  # bytes
     stop: threading.Event = dataclasses.field(default_factory=threading.Event)  # no more attempts
     future: concurrent.futures.Future[Any] = dataclasses.field(  # of a CommitInfo
         default_factory=concurrent.futures.Future
     )
 
-    def start(self) -> None:
-        """Starts the thread; the upload is then the newest one to the repository."""
+    def __post_init__(self) -> None:
         self.future.set_running_or_notify_cancel()  # so that nobody can cancel it
-        try:
-            threading.Thread(target=self.run, daemon=True).start()
-            _uploads[self.repo_id] = self
-        except RuntimeError as error:  # there can be no more threads
-            self.fail(error)
+        self.size = sum((self.folder / name).stat().st_size for name in self.names)
 
     def fail(self, error: BaseException) -> None:
         """Logs that a push failed, but for the final one, which is reported elsewhere."""
-        self.has_snapshot.set()
-        if self.message != FINAL_MESSAGE and not self.stop.is_set():
+        if not self.is_final and not self.stop.is_set():
             logger.warning(
                 '"%s" was not pushed to %s/%s: %s. It is complete in %s; the next save is pushed.',
                 *(self.message, self.api.endpoint, self.repo_id, _diagnose(error)[0]),
@@ -1371,62 +1351,85 @@ class _Upload:
         self.future.set_exception(error)
 
     def run(self) -> None:
-        """Takes the snapshot and attempts the commit until it is made, refused or given up."""
+        """Completes the snapshot and attempts the commit until it is made, refused or given up."""
         is_decided = huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS is not None
         hides_bars = False
         try:
-            with _private_folder(self.output_dir) as private:
-                snapshot = Path(private, "snapshot")
-                names = _take_snapshot(self.output_dir, snapshot, self.written)
-                self.size = sum((snapshot / name).stat().st_size for name in names)
-                self.has_snapshot.set()
-                if self.predecessor is not None:
-                    self.predecessor.stop.set()
-                    seconds = BACKGROUND_SECONDS + self.predecessor.size / SLOWEST_LINK
-                    concurrent.futures.wait([self.predecessor.future], seconds)
-                    self.predecessor = None
-                    if self.stop.is_set():
-                        raise InterruptedError("waiting for it was interrupted")
-                are_hidden = is_decided or hub_utils.are_progress_bars_disabled()
-                if hides_bars := not (self.shows_bars or are_hidden):
-                    hub_utils.disable_progress_bars()  # they would be drawn into Keras' own
-                seconds = FINAL_SECONDS if self.message == FINAL_MESSAGE else BACKGROUND_SECONDS
-                commit = functools.partial(self.commit, snapshot, names)
-                result = _attempt(self.api, commit, seconds, self.stop)
+            self.take_snapshot()
+            if self.predecessor is not None:
+                self.predecessor.stop.set()
+                seconds = BACKGROUND_SECONDS + self.predecessor.size / SLOWEST_LINK
+                concurrent.futures.wait([self.predecessor.future], seconds)
+                self.predecessor = None
+                if self.stop.is_set():
+                    raise InterruptedError("waiting for it was interrupted")
+            are_hidden = is_decided or hub_utils.are_progress_bars_disabled()
+            if hides_bars := not (self.shows_bars or are_hidden):
+                hub_utils.disable_progress_bars()  # they would be drawn into Keras' own
+            seconds = FINAL_SECONDS if self.is_final else BACKGROUND_SECONDS
+            result = _attempt(self.api, self.commit, seconds, self.stop)
             end = functools.partial(self.future.set_result, result)
         except BaseException as error:
             end = functools.partial(self.fail, error)
         if hides_bars:
             hub_utils.enable_progress_bars()
+        shutil.rmtree(self.folder, ignore_errors=True)
         end()
 
-    def commit(self, snapshot: Path, names: list[str]) -> Any:
+    def take_snapshot(self) -> None:
+        """Copies the files of the save, which are links until now, and the user's.
+
+        Somebody may be writing or removing the latter: they are left out where they cannot be
+        copied, or would leave no space for the next save, or have names that are not UTF-8.
+        """
+        ours, left_out, copied, self.names = self.names, [], self.folder / PRIVATE, []
+        for name in dict.fromkeys([*ours, *_pushable_files(self.output_dir)]):
+            source = (self.folder if name in ours else self.output_dir) / name
+            try:
+                name.encode()
+                size = source.stat().st_size
+                free = shutil.disk_usage(self.folder).free
+                if name not in ours and free < size + self.size + 2**21:
+                    raise OSError(errno.ENOSPC, "it would leave no space for the next save")
+                shutil.copyfile(source, copied)
+                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(copied, self.folder / name)
+                self.names.append(name)
+            except (OSError, UnicodeError) as error:
+                if name in ours:
+                    raise
+                copied.unlink(missing_ok=True)  # it may be there in part
+                left_out.append(f"{name!r} ({type(error).__name__}: {error})")
+        if left_out:
+            logger.warning("Not pushed, since it could not be copied: %s.", "; ".join(left_out))
+        self.size = sum((self.folder / name).stat().st_size for name in self.names)
+
+    def commit(self) -> Any:
         """Commits the snapshot on top of the newest commit, without the card if that is refused."""
         head = self.api.model_info(self.repo_id)
-        if CARD in names and CARD in {file.rfilename for file in head.siblings or []}:
-            options = {"revision": head.sha, "local_dir": snapshot.parent}
+        if CARD in self.names and CARD in {file.rfilename for file in head.siblings or []}:
+            options = {"revision": head.sha, "local_dir": self.folder / PRIVATE}
             theirs = Path(self.api.hf_hub_download(self.repo_id, CARD, **options))
-            ours = (snapshot / CARD).read_text("utf-8", errors="replace")
-            if not _is_replaceable(theirs, ours, f"{self.api.endpoint}/{self.repo_id}"):
-                names = [name for name in names if name != CARD]
+            if not _is_replaceable(theirs, f"{self.api.endpoint}/{self.repo_id}"):
+                self.names.remove(CARD)
         options = {"commit_message": self.message, "parent_commit": head.sha}
         add = huggingface_hub.CommitOperationAdd
         try:
-            files = [add(name, str(snapshot / name)) for name in names]
+            files = [add(name, str(self.folder / name)) for name in self.names]
             return self.api.create_commit(self.repo_id, files, **options)
         except (ValueError, Warning) as error:  # a UserWarning with `python -W error`
-            if CARD not in names:
+            if CARD not in self.names:
                 raise
             logger.warning("Pushing without the model card: %s", _diagnose(error)[0])
-            files = [add(name, str(snapshot / name)) for name in names if name != CARD]
-            return self.api.create_commit(self.repo_id, files, **options)
+            self.names.remove(CARD)
+            return self.commit()
 
 
-def _open_repo(api: Any, name: str, output_dir: Path) -> tuple[str, dict[str, Any]]:
+def _open_repo(api: Any, name: str, output_dir: Path) -> tuple[str, list[str], dict[str, Any]]:
     """Creates repository and folder unless they exist, and finds out whether both can be written.
 
-    Returns the repository's full name, and what cards of metadata alone say: on the Hub, where the
-    website makes one of the licence, and in the folder.
+    Returns the repository's full name, the files in the folder, and what cards of metadata alone
+    say: on the Hub, where the website makes one of the licence, and in the folder.
     """
     repo = _attempt(api, lambda: api.create_repo(name, exist_ok=True), CREATION_SECONDS)
     repo_id = str(repo.repo_id)
@@ -1440,24 +1443,24 @@ def _open_repo(api: Any, name: str, output_dir: Path) -> tuple[str, dict[str, An
     for left in output_dir.glob(f"{PRIVATE}*"):  # by a run that was killed
         if left.stat().st_mtime < time.time() - 24 * 60 * 60:
             shutil.rmtree(left, ignore_errors=True)
-    if new := [file for file in _pushable_files(output_dir) if file not in on_hub]:
+    files = _pushable_files(output_dir)
+    if new := [file for file in files if file not in on_hub]:
         logger.warning(
             "Files in %s that will be pushed to %s/%s with each save, or replaced by files of a "
             "save that have their names: %d, such as %s.",
             *(output_dir, api.endpoint, repo_id, len(new), ", ".join(new[:5])),
         )
+    cards: list[Path] = [output_dir / CARD]
     kept: dict[str, Any] = {}
-    with _private_folder(output_dir) as folder:
-        cards = [output_dir / CARD]
+    with tempfile.TemporaryDirectory(prefix=PRIVATE, dir=output_dir) as folder:
         if CARD in on_hub:
             download = functools.partial(api.hf_hub_download, repo_id, CARD, local_dir=folder)
             cards.append(Path(_attempt(api, download, CREATION_SECONDS)))
-        for card in cards:
-            text = card.read_text("utf-8", errors="replace") if card.is_file() else "none"
-            if not METADATA.sub("", text).strip():
+        for card in filter(Path.is_file, cards):
+            if not METADATA.sub("", card.read_text("utf-8", errors="replace")).strip():
                 with contextlib.suppress(Exception):  # YAML that somebody has broken
                     kept |= huggingface_hub.metadata_load(card) or {}
-    return repo_id, kept
+    return repo_id, files, kept
 
 
 def _pushable_files(folder: Path) -> list[str]:
@@ -1469,35 +1472,6 @@ def _pushable_files(folder: Path) -> list[str]:
         found += sorted(paths[name] for name in files if name not in never)
         folders[:] = [name for name in folders if name not in never]
     return found
-
-
-def _take_snapshot(folder: Path, snapshot: Path, written: list[str]) -> list[str]:
-    """Copies what is to be pushed, the files of the save first; returns the names.
-
-    Files of the user's, who may be writing or removing them, are left out where they cannot be
-    copied, or have names that are not UTF-8.
-    """
-    names, left_out, reserved = [], [], 2**21  # bytes for the next save
-    for name in dict.fromkeys([*written, *_pushable_files(folder)]):
-        copied = snapshot / name
-        try:
-            name.encode()
-            copied.parent.mkdir(parents=True, exist_ok=True)
-            size = (folder / name).stat().st_size
-            if name in written:
-                reserved += size
-            elif shutil.disk_usage(folder).free < size + reserved:
-                raise OSError(f"{size} bytes would leave no space for the next save")
-            shutil.copyfile(folder / name, copied)
-            names.append(name)
-        except (OSError, UnicodeError) as error:
-            if name in written:
-                raise
-            copied.unlink(missing_ok=True)  # it may be there in part
-            left_out.append(f"{name!r} ({type(error).__name__}: {error})")
-    if left_out:
-        logger.warning("Not pushed, since it could not be copied: %s.", "; ".join(left_out))
-    return names
 
 
 def _attempt(
@@ -1550,9 +1524,8 @@ def _diagnose(error: BaseException) -> tuple[str, float | None, bool]:
         if response.status_code == 429 and not asked.isdigit():
             asked = "".join(re.findall(r"\bt=(\d+)", response.headers.get("RateLimit", ""))[:1])
         return text, float(asked) if asked.isdigit() else 0.0, False
-    classes = [cls for each in chain for cls in type(each).__mro__]
-    names = {f"{cls.__module__.partition('.')[0]}.{cls.__name__}" for cls in classes}
-    is_network = bool(names & NETWORK_ERRORS) and hub_utils.OfflineModeIsEnabled not in classes
+    names = {cls.__name__ for each in chain for cls in type(each).__mro__}
+    is_network = bool(names & NETWORK_ERRORS) and "OfflineModeIsEnabled" not in names
     return text, 0.0 if is_network else None, is_network
 
 
@@ -1604,50 +1577,38 @@ Intended uses, limitations and data: more information needed.
 
 {versions}
 """
+METADATA = re.compile(r"\A\s*---\n.*?^---[ \t]*(\n|\Z)", re.DOTALL | re.MULTILINE)
 _humans: set[str] = set()  # the repositories whose cards were said to be a human's
 
 
-METADATA = re.compile(r"\A\s*---\n.*?^---[ \t]*(\n|\Z)", re.DOTALL | re.MULTILINE)
-
-
-def _is_replaceable(existing: Path, card: str, url: str) -> bool:
-    """Returns whether our card may take the place of one that may exist: not of a human's.
-
-    A card of metadata alone was written by a human or the website: ours has to say what it says.
-    """
-    text = existing.read_text("utf-8", errors="replace") if existing.exists() else CARD_MARKS[0]
-    if any(mark in text for mark in CARD_MARKS):
+def _is_replaceable(existing: Path, url: str) -> bool:
+    """Returns whether our card may take the place of one that may exist: not of a human's text."""
+    text = existing.read_text("utf-8", errors="replace") if existing.exists() else ""
+    if not METADATA.sub("", text).strip() or any(mark in text for mark in CARD_MARKS):
         return True
-    if not METADATA.sub("", text).strip():
-        with contextlib.suppress(Exception):  # YAML that somebody has broken
-            theirs = huggingface_hub.metadata_load(existing) or {}
-            data: Any = huggingface_hub.ModelCard(card).data
-            ours = data.to_dict()
-            return all(ours.get(key) == theirs[key] for key in theirs)
     if url not in _humans:
         logger.warning("%s has a model card by a human: it stays as it is.", url)
         _humans.add(url)
     return False
 
 
-def _fingerprint(model: Any) -> tuple[int, ...] | None:
+def _fingerprint(model: Any) -> tuple[int, ...]:
     """Returns the sum of the bits of each trainable variable, which tells weights of epochs apart.
 
-    None, which stands for no epoch, if this process cannot read the values.
+    It is empty, and stands for no epoch, if this process cannot read the values.
     """
-    is_tensorflow, sums = _kind_of(model).backend == "tensorflow", []
-    for variable in model.trainable_variables:
-        try:
-            if is_tensorflow:  # whose `numpy` would copy it
-                bits = tf.bitcast(tf.convert_to_tensor(variable), tf.uint8)
-                array = np.asarray(memoryview(bits)).reshape(-1)
+    sums = []
+    with contextlib.suppress(Exception):  # RuntimeError, or one of TensorFlow's own
+        for variable in model.trainable_variables:
+            if _kind_of(model).backend == "tensorflow":  # without a copy
+                array = np.asarray(memoryview(tf.convert_to_tensor(variable)))
             else:
-                array = np.asarray(variable).reshape(-1).view(np.uint8)
-        except Exception:  # RuntimeError, or one of TensorFlow's own
-            return None
-        words = array[: len(array) // 8 * 8].view(np.uint64)
-        sums.append((int(words.sum()) + int(array[words.nbytes :].sum())) % 2**64)
-    return tuple(sums)
+                array = np.asarray(variable)
+            data = array.reshape(-1).view(np.uint8)
+            words = data[: len(data) // 8 * 8].view(np.uint64)
+            sums.append((int(words.sum()) + int(data[words.nbytes :].sum())) % 2**64)
+        return tuple(sums)
+    return ()
 
 
 def _model_card(
@@ -1675,7 +1636,8 @@ def _model_card(
         own |= set(model.get_metrics_result())
     results = {" ".join(m.split()): v for m, v in row.items() if m not in own and math.isfinite(v)}
     data = itertools.zip_longest(datasets, ids, lists["dataset_args"])
-    sources = [(task, *each) for each in data if any(each[:2]) for task in tasks]
+    about = [(task, *each) for each in data if any(each[:2]) for task in tasks]
+    pairs = itertools.product(about, results.items())
     metadata: Any = huggingface_hub.ModelCardData(
         language=lists["language"] or None,
         license=next(iter(lists["license"]), None),
@@ -1692,8 +1654,7 @@ def _model_card(
                 dataset_config=config,
                 metric_name=metric,
             )
-            for task, dataset, tag, config in sources
-            for metric, value in results.items()
+            for (task, dataset, tag, config), (metric, value) in pairs
         ]
         or None,
     )
@@ -1716,7 +1677,7 @@ def _model_card(
         name=_as_text(name),
         summary=summary + ("." if epoch is None else f". Results of epoch {epoch}:"),
         results="\n".join(lines) or "The results of exactly these weights are not known.",
-        code=facts["code"],
+        code=_loading_code(model, facts["repo_id"], facts["tokenizer"]),
         precision=getattr(policy, "name", policy),
         epochs=facts["epochs"] or "unknown",
         steps=facts["steps"] or "an unknown number of",
@@ -1732,34 +1693,30 @@ def _as_text(text: Any) -> str:
     return re.sub(r"([\\`*_\[\]|#~<>&])", r"\\\1", " ".join(str(text).split()))
 
 
-def _loading_code(model: Any, folder: Path, repo_id: str, tokenizer: Any) -> str:
+def _loading_code(model: Any, repo_id: str, tokenizer: Any) -> str:
     """Returns the Python that loads the model from the Hub, and its tokenizer.
 
     It imports the packages that parts of the model come from, so that Keras finds these by name.
     """
-    kind, home = _kind_of(model), type(model).__module__
+    kind, home, config = _kind_of(model), type(model).__module__, ""
     known = {"transformers": "transformers", "keras_hub": "keras_hub.models"}
-    home, keras, config = known.get(home.split(".")[0], home), kind.keras.__name__, ""
-    if kind.library == "keras":
-        config = (folder / "config.json").read_text("utf-8")
-    elif kind.library == "tf-keras":
-        with zipfile.ZipFile(folder / "model.keras") as archive:
-            config = archive.read("config.json").decode()
-    parts = {each.split(".")[0] for each in re.findall(r'"module": "([\w.]+)"', config)}
-    parts -= {"builtins", "keras", "tf_keras"}
+    home, keras = known.get(home.split(".")[0], home), kind.keras.__name__
+    if kind.library in ("keras", "tf-keras"):
+        config = json.dumps(kind.keras.saving.serialize_keras_object(model))
+    needed = {each.split(".")[0] for each in re.findall(r'"module": "([\w.]+)"', config)}
+    needed -= {"builtins", "keras", "tf_keras", "__main__"}
     options = ", safe_mode=False" if re.search('"__lambda__"|"lambda"', config) else ""
     path = f'huggingface_hub.hf_hub_download("{repo_id}", "model.keras")'
-    needed, load = {
-        "transformers": ({home}, f'{home}.{type(model).__name__}.from_pretrained("{repo_id}")'),
-        "keras-hub": ({home}, f'{home}.{type(model).__name__}.from_preset("hf://{repo_id}")'),
-        "keras": ({"keras"}, f'keras.saving.load_model("hf://{repo_id}"{options})'),
-        "tf-keras": ({"huggingface_hub", keras}, f"{keras}.models.load_model({path}{options})"),
+    imported, load = {
+        "transformers": (home, f'{home}.{type(model).__name__}.from_pretrained("{repo_id}")'),
+        "keras-hub": (home, f'{home}.{type(model).__name__}.from_preset("hf://{repo_id}")'),
+        "keras": ("keras", f'keras.saving.load_model("hf://{repo_id}"{options})'),
+        "tf-keras": ("huggingface_hub", f"{keras}.models.load_model({path}{options})"),
     }[kind.library]
+    needed |= {imported, keras if kind.library == "tf-keras" else imported}
     lines = ["", f"model = {load}"]
     if type(tokenizer).__module__.startswith("transformers."):
         needed |= {"transformers"}
         name = type(tokenizer).__name__
-        lines += [f'tokenizer = transformers.{name}.from_pretrained("{repo_id}")']
-    needed |= parts
-    note = "  # __main__: the script that trained the model" if "__main__" in needed else ""
-    return "\n".join([f"import {', '.join(sorted(needed))}{note}", *lines])
+        lines.append(f'tokenizer = transformers.{name}.from_pretrained("{repo_id}")')
+    return "\n".join([f"import {', '.join(sorted(needed))}", *lines])
