@@ -65,7 +65,7 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-__version__ = "2.0.0"
+__version__ = "3.0.0"
 __all__ = ["IntervalStrategy", "KerasMetricCallback", "PushToHubCallback", "load_repo_checkpoint"]
 
 logger = logging.getLogger(__name__)
@@ -130,10 +130,9 @@ class KerasMetricCallback(_AnyKerasCallback):
     """Computes metrics in plain Python at the end of every epoch and adds them to the epoch's logs.
 
     Unlike Keras' own metrics, `metric_fn` sees the whole evaluation set at once, as NumPy arrays,
-    and need not be compilable: ROUGE, BLEU, macro-F1 or exact match of generated text can come from
-    any library. History, the progress bar and the callbacks listed after this one see the results.
-    When training begins, the first batch goes the way of each epoch's, without `metric_fn`: what
-    model, data and arguments cannot do together is refused then.
+    and may use any library, as for ROUGE or macro-F1. History, the progress bar and the callbacks
+    listed after this one see the results. When training begins, the first batch goes the way of
+    each epoch's, without `metric_fn`: what model, data and arguments cannot do together is refused.
 
     ```python
     def macro_f1(predictions, labels):  # (examples, classes) float32, (examples,) int64
@@ -158,7 +157,8 @@ class KerasMetricCallback(_AnyKerasCallback):
             numbers; an array or list of one axis becomes a number for each entry, "name_0", ....
         eval_dataset: A batched `tf.data.Dataset`, or, together with `batch_size`, a dict, a tuple,
             an array or a tensor. Its elements are `inputs`, `(inputs, labels)` or `(inputs, labels,
-            sample_weight)`; it is read once per epoch, and has to end.
+            sample_weight)`. It has to end, and is read once per epoch; of unknown size, it stays
+            open through the first one, so that `cache(filename)` of it serves this callback alone.
         output_cols: Names of the model's outputs to keep, when it returns a dict. Defaults to all
             but "loss" and what the model's configuration ignores at inference. Has no effect on
             `generate` that returns nothing but tokens.
@@ -169,9 +169,8 @@ class KerasMetricCallback(_AnyKerasCallback):
             the answer, name it, as `label_cols="input_ids"` for BLIP's captions.
         batch_size: Examples per batch, for data that are not a `tf.data.Dataset`; else ignored.
         predict_with_generate: Whether predictions come from `model.generate`. Defaults to False.
-        use_xla_generation: Whether to compile the `generate` of transformers models with XLA, once
-            for each width of the inputs, and anew for a batch larger than all before of its width.
-            Defaults to False.
+        use_xla_generation: Whether to compile the `generate` of transformers with XLA, for each
+            width of the inputs, and anew for a larger batch than before. Defaults to False.
         generate_kwargs: Keyword arguments for every call of `model.generate`. Defaults to none.
             Changes to them, or to the model's settings, count from the next `fit` on.
 
@@ -213,6 +212,7 @@ class KerasMetricCallback(_AnyKerasCallback):
         seeds = [(v, np.asarray(v)) for v in variables if v.name == "seed_generator_state"]
         try:
             if self._settings() != self._prepared_for:
+                self._prepared_for = []  # until this has succeeded
                 generates, kwargs = self.predict_with_generate, self.generate_kwargs
                 given = model, spec, self.label_cols, kwargs, self.use_xla_generation
                 self._run = _generator(*given) if generates else _predictor(model, spec)
@@ -387,7 +387,8 @@ class PushToHubCallback(_AnyKerasCallback):
         """Starts history and counts anew, and refuses a model that could not be saved."""
         model, kind = self.model, _kind_of(self.model)
         self.training_history, self._epochs = [], {}
-        self._steps, self._first_update = 0, _count_updates(model)
+        counts = getattr(model, "steps_per_execution", 1) != 1 and model.optimizer is not None
+        self._steps, self._first_update = 0, _count_updates(model) if counts else None
         try:
             if kind.library == "transformers" and model.can_generate():  # a temperature alone, say
                 with tempfile.TemporaryDirectory() as folder:
@@ -406,7 +407,7 @@ class PushToHubCallback(_AnyKerasCallback):
             return
         before, self._steps = self._steps, self._steps + 1
         if self._first_update is not None:
-            self._steps = (_count_updates(self.model) or 0) - self._first_update
+            self._steps = _count_updates(self.model) - self._first_update
         if self._steps // self.save_steps > before // self.save_steps:  # type: ignore[operator]
             epoch = self._epochs.get(_fingerprint(self.model))
             self._save_and_push(f"Training in progress, step {self._steps}", epoch)
@@ -448,9 +449,6 @@ class PushToHubCallback(_AnyKerasCallback):
                 self._write_save(folder, epoch, has_checkpoint)
                 names = _publish(folder, place, self._known_files) if place else []
             except Exception as error:
-                if is_busy and getattr(error, "errno", None) == errno.ENOSPC:
-                    logger.warning('"%s" was not saved while an upload needs the space.', message)
-                    return None
                 raise RuntimeError(
                     f"Could not write a save to {self.output_dir}: {type(error).__name__}: {error}."
                     f" Every file there is still whole.{self._rescue_weights(folder, place)}"
@@ -493,8 +491,9 @@ class PushToHubCallback(_AnyKerasCallback):
             reason = "the Hub has not taken it in time"
         finally:
             upload.stop.set()
-            error = future.exception() if future.done() else None
-            if error is not None or not future.done():
+            is_done = future.done()
+            error = future.exception() if is_done else None
+            if error is not None or not is_done:
                 logger.error(
                     "The final state could not be pushed to %s: %s. It is complete in %s; push it "
                     "with:\nhuggingface_hub.HfApi().upload_folder(repo_id=%r, folder_path=%r, "
@@ -583,17 +582,18 @@ def load_repo_checkpoint(
         raise FileNotFoundError(f"Expected {file}, which an epoch with checkpoint=True writes.")
     there, rows = _read_checkpoint(file)
     optimizer: Any = getattr(model, "optimizer", None)
-    for place, (part, own) in _parts_of(model).items():
-        lacks_state = part is optimizer and len(own) < len(there.get(place, [[]])[-1])
-        if lacks_state and hasattr(optimizer, "build"):
-            with _kind_of(model).strategy.scope():
-                optimizer.build(model.trainable_variables)
-    if differences := _differences(there, _describe(model)):
+    differences = _differences(there, _describe(model))
+    place = next((name for name, (part, _) in _parts_of(model).items() if part is optimizer), None)
+    if [*differences] == [place] and hasattr(optimizer, "build"):  # it may have no state yet
+        with _kind_of(model).strategy.scope():
+            optimizer.build(model.trainable_variables)
+        differences = _differences(there, _describe(model))
+    if differences:
         raise ValueError(
             f"The checkpoint does not fit the model; {len(differences)} differences, such as "
-            f"{', '.join(differences[:3])}. Build, freeze and compile the model as it was when it "
-            "was saved, its parts in the same order. Optimizers other than model.optimizer, and "
-            "those without `build`, are built by one training step: then load."
+            f"{', '.join([*differences.values()][:3])}. Build, freeze and compile the model as it "
+            "was when it was saved, its parts in the same order. Optimizers other than "
+            "model.optimizer, and those without `build`, are built by one training step: then load."
         )
     model.built = model.built or bool(model.variables)  # a GAN: Keras 3.15 asks for a call of it
     model.load_weights(str(file))
@@ -787,6 +787,7 @@ def _predictor(model: Any, spec: Any) -> Callable[[Any], Any]:
     leaves = tf.nest.flatten(spec if gets_all else inputs)
     is_dense = all(type(leaf) is tf.TensorSpec for leaf in leaves)  # not None, sparse or ragged
     step, strategy = model.predict_step, kind.strategy
+    is_torch, is_jax = kind.backend == "torch", kind.backend == "jax"
     prepare = getattr(model, "preprocess_samples", None)  # of KerasHub; its `predict` takes 3 s
 
     def run(data: Any) -> Any:
@@ -804,7 +805,6 @@ def _predictor(model: Any, spec: Any) -> Callable[[Any], Any]:
         return tf.nest.map_structure(lambda x: strategy.experimental_local_results(x)[0], outputs)
 
     call = run
-    is_torch, is_jax = kind.backend == "torch", kind.backend == "jax"
     if kind.own - {"predict_step"} or is_torch or (is_jax and not (is_dense and model.built)):
         call = lambda data: model.predict(tf.data.Dataset.from_tensors(data), verbose=0)
     elif is_jax and model.jit_compile and not model.run_eagerly:
@@ -1116,17 +1116,14 @@ def _numbers_in(values: Any, is_strict: bool = False) -> Row:
 # Saving and checkpoint ----------------------------------------------------------------------------
 
 
-def _count_updates(model: Any) -> int | None:
-    """Returns the batches that the optimizer has counted; None where a batch's index tells them.
+def _count_updates(model: Any) -> int:
+    """Returns the batches that the optimizer has counted, since Keras 3.15 does not tell them.
 
-    With several steps in one execution Keras 3.15 gives the index that a full last execution of an
-    epoch would have, and trains more than `steps_per_epoch` of endless data.
+    With several steps in one execution it gives the index that a full last execution of an epoch
+    would have, and trains more than `steps_per_epoch` of endless data.
     """
-    optimizer = getattr(model, "optimizer", None)
-    if getattr(model, "steps_per_execution", 1) == 1 or optimizer is None:
-        return None
-    in_each = getattr(optimizer, "gradient_accumulation_steps", None) or 1
-    return int(np.asarray(optimizer.iterations)) * in_each
+    in_each = getattr(model.optimizer, "gradient_accumulation_steps", None) or 1
+    return int(np.asarray(model.optimizer.iterations)) * in_each
 
 
 def _check_free_space(model: Any, folder: Path, has_checkpoint: bool) -> None:
@@ -1193,6 +1190,8 @@ def _parts_of(model: Any) -> dict[str, tuple[Any, list[Any]]]:
                 found[place] = value, list(own() if callable(own) else own)  # of legacy optimizers
             inside = vars(value) if is_layer else {} if is_part else value
             inside = inside if isinstance(inside, Mapping) else dict(enumerate(inside))
+            data = (str, int, float)  # of which lists may be long
+            inside = {name: part for name, part in inside.items() if not isinstance(part, data)}
             places += [(f"{place}.{name}", part) for name, part in inside.items()]
     return found
 
@@ -1257,8 +1256,8 @@ def _read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[int, Row]]:
         if min(rows) < 0:
             raise ValueError(f"there is no epoch {min(rows)}")
         there = {}
-        for place, (of_class, flag, name, shapes) in state["model"].items():
-            there[place] = [of_class, flag, str(name), list(shapes)]
+        for place, (of_class, flag, shapes, given, automatic) in state["model"].items():
+            there[place] = [of_class, flag, list(shapes), given, str(automatic)]
         return there, rows
     except PermissionError:
         raise
@@ -1270,7 +1269,7 @@ def _read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[int, Row]]:
 
 
 def _describe(model: Any) -> dict[str, list[Any]]:
-    """Returns by place the class, trainable flag, name and shapes of each part of a model.
+    """Returns by place class, trainable flag, shapes, given and automatic name of a model's parts.
 
     A part has those variables that no part inside it has; names matter where variables are.
     """
@@ -1279,28 +1278,30 @@ def _describe(model: Any) -> dict[str, list[Any]]:
     for place, (part, variables) in reversed(_parts_of(model).items()):
         own = [each for each in variables if id(each) not in seen]
         seen |= set(map(id, own))
-        name = getattr(part, "name", "") if own and hasattr(part, "weights") else ""
+        of_class, name = type(part).__name__, str(getattr(part, "name", "")) if own else ""
+        is_automatic = re.fullmatch(of_class + r"\d*", name.replace("_", ""), re.IGNORECASE)
         flag, shapes = getattr(part, "trainable", True), [str(tuple(each.shape)) for each in own]
-        described[place] = [type(part).__name__, flag, name, shapes]
+        described[place] = [of_class, flag, shapes, *(["", name] if is_automatic else [name, ""])]
     unsaved = _unsaved_variables(model).items()
-    ours = {name: ["variable", True, "", [str(tuple(each.shape))]] for name, each in unsaved}
+    ours = {place: ["variable", True, [str(tuple(x.shape))], "", ""] for place, x in unsaved}
     return dict(reversed(described.items())) | ours
 
 
-def _differences(there: dict[str, list[Any]], here: dict[str, list[Any]]) -> list[str]:
-    """Returns what differs between two descriptions, in words.
+def _differences(there: dict[str, list[Any]], here: dict[str, list[Any]]) -> dict[str, str]:
+    """Returns what differs between two descriptions, by place and in words.
 
-    Keras reads arrays by their place, whatever the layer there is called.
+    Keras reads arrays by their place, whatever the layer there is called. Automatic names, such as
+    dense_1, count on in a process: they say something only if they are the same ones.
     """
-    names, names_here = (sorted(part[2] for part in each.values()) for each in (there, here))
-    if names != names_here:  # they are automatic, and say nothing
-        there, here = ({p: [*x[:2], "", x[3]] for p, x in each.items()} for each in (there, here))
-    found = [
-        f"{there.get(place, 'nothing')} at {place}, but here {here.get(place, 'nothing')}"
+    names = [sorted(part[-1] for part in parts.values()) for parts in (there, here)]
+    if names[0] != names[1]:
+        there, here = ({p: part[:-1] for p, part in parts.items()} for parts in (there, here))
+    found = {
+        place: f"{there.get(place, 'nothing')} at {place}, but here {here.get(place, 'nothing')}"
         for place in there | here
         if there.get(place) != here.get(place)
-    ]
-    return found or ["the order of parts"] * (list(there) != list(here))
+    }
+    return found or {"": "the order of parts"} if list(there) != list(here) else found
 
 
 # Hub sync -----------------------------------------------------------------------------------------
@@ -1338,13 +1339,15 @@ class _Upload:
 
     def fail(self, error: BaseException) -> None:
         """Logs that a push failed, but for the final one, which is reported elsewhere."""
-        if not self.is_final and not self.stop.is_set():
-            logger.warning(
-                '"%s" was not pushed to %s/%s: %s. It is complete in %s; the next save is pushed.',
-                *(self.message, self.api.endpoint, self.repo_id, _diagnose(error)[0]),
-                self.output_dir,
-            )
-        self.future.set_exception(error)
+        try:
+            if not self.is_final and not self.stop.is_set():
+                logger.warning(
+                    '"%s" was not pushed to %s/%s: %s. It is complete in %s; the next is pushed.',
+                    *(self.message, self.api.endpoint, self.repo_id, _diagnose(error)[0]),
+                    self.output_dir,
+                )
+        finally:
+            self.future.set_exception(error)
 
     def run(self) -> None:
         """Completes the snapshot and attempts the commit until it is made, refused or given up."""
@@ -1357,8 +1360,6 @@ class _Upload:
                 seconds = BACKGROUND_SECONDS + self.predecessor.size / SLOWEST_LINK
                 concurrent.futures.wait([self.predecessor.future], seconds)
                 self.predecessor = None
-                if self.stop.is_set():
-                    raise InterruptedError("waiting for it was interrupted")
             are_hidden = is_decided or hub_utils.are_progress_bars_disabled()
             if hides_bars := not (self.shows_bars or are_hidden):
                 hub_utils.disable_progress_bars()  # they would be drawn into Keras' own
@@ -1375,19 +1376,18 @@ class _Upload:
     def take_snapshot(self) -> None:
         """Copies the files of the save, which are links until now, and the user's.
 
-        Somebody may be writing or removing the latter: they are left out where they cannot be
-        copied, or would leave no space for the next save, or have names that are not UTF-8.
+        The space for the next save is left free. Somebody may be writing or removing the user's:
+        they are left out where they cannot be copied, or have names that are not UTF-8.
         """
         shutil.rmtree(self.folder / REPLACED, ignore_errors=True)
+        reserve = 0 if self.is_final else self.size + 2**21
         ours, left_out, copied, self.names = self.names, [], self.folder / PRIVATE, []
         for name in dict.fromkeys([*ours, *_pushable_files(self.output_dir)]):
             source = (self.folder if name in ours else self.output_dir) / name
             try:
                 name.encode()
-                size = source.stat().st_size
-                free = shutil.disk_usage(self.folder).free
-                if name not in ours and free < size + self.size + 2**21:
-                    raise OSError(errno.ENOSPC, "it would leave no space for the next save")
+                if shutil.disk_usage(self.folder).free < source.stat().st_size + reserve:
+                    raise OSError(errno.ENOSPC, "No space left on the disk beside the next save")
                 shutil.copyfile(source, copied)
                 (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(copied, self.folder / name)
@@ -1404,6 +1404,10 @@ class _Upload:
     def commit(self) -> Any:
         """Commits the snapshot on top of the newest commit, without the card if that is refused."""
         head = self.api.model_info(self.repo_id)
+        # Whoever pushes a newer state sets `stop` before it reads its head: either this is seen
+        # here, or its commit comes after this head, which `parent_commit` then refuses.
+        if self.stop.is_set():
+            raise InterruptedError("a newer state is pushed, or the wait for it has ended")
         if CARD in self.names and CARD in {file.rfilename for file in head.siblings or []}:
             options = {"revision": head.sha, "local_dir": self.folder / PRIVATE}
             theirs = Path(self.api.hf_hub_download(self.repo_id, CARD, **options))
@@ -1590,18 +1594,18 @@ def _is_replaceable(existing: Path, url: str) -> bool:
 
 
 def _fingerprint(model: Any) -> tuple[int, ...]:
-    """Returns the sum of the bits of each trainable variable, which tells weights of epochs apart.
+    """Returns the sum of the bits of each variable, which tells weights of epochs apart.
 
     It is empty, and stands for no epoch, if this process cannot read the values.
     """
     sums = []
     with contextlib.suppress(Exception):  # RuntimeError, or one of TensorFlow's own
-        for variable in model.trainable_variables:
-            if _kind_of(model).backend == "tensorflow":  # without a copy
-                array = np.asarray(memoryview(tf.convert_to_tensor(variable)))
+        for variable in model.weights:
+            if _kind_of(model).backend == "tensorflow":  # without a copy; NumPy lacks bfloat16
+                bits = memoryview(tf.bitcast(tf.convert_to_tensor(variable), tf.uint8))
+                data = np.asarray(bits).reshape(-1)
             else:
-                array = np.asarray(variable)
-            data = array.reshape(-1).view(np.uint8)
+                data = np.asarray(variable).reshape(-1).view(np.uint8)
             words = data[: len(data) // 8 * 8].view(np.uint64)
             sums.append((int(words.sum()) + int(data[words.nbytes :].sum())) % 2**64)
         return tuple(sums)

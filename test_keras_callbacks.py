@@ -39,7 +39,6 @@ import urllib.parse
 HERE = pathlib.Path(__file__).resolve().parent
 
 # The stand-in Hub ----------------------------------------------------------------------------
-
 class Hub:
     """Repositories in memory behind an HTTP server on loopback."""
 
@@ -217,9 +216,7 @@ import tensorflow as tf
 import keras_callbacks as kc
 from keras_callbacks import KerasMetricCallback, PushToHubCallback, load_repo_checkpoint
 
-
 # Fixtures and helpers ------------------------------------------------------------------------
-
 def has(*libraries):
     """Whether all these are installed; `__test__ = has(...)` says if a class is collected."""
     return all(importlib.util.find_spec(library) for library in libraries)
@@ -283,54 +280,40 @@ def small_model(keras, optimizer="adam", policy="float32", **compile_args):
     model.compile(optimizer, LOSS, metrics=["accuracy"], **compile_args)
     keras.mixed_precision.set_global_policy("float32")
     return model
-
 def by_numpy(model, x=X):
     """The predictions of small_model, written out."""
     kernel, bias = model.get_weights()
     exponentials = np.exp(x @ kernel + bias)
     return exponentials / exponentials.sum(-1, keepdims=True)
-
-def fit_in_order(model, **options):
-    return model.fit(X, Y, **{"batch_size": 8, "shuffle": False, "verbose": 0, **options})
-
+IN_ORDER = {"batch_size": 8, "shuffle": False, "verbose": 0}
+fit_in_order = lambda model, **options: model.fit(X, Y, **IN_ORDER | options)
 def begin(callback, model, **params):
     """Begins a training whose hooks the test calls itself."""
     callback.set_model(model)
     callback.set_params({"verbose": 0, "epochs": 1, **params})
     callback.on_train_begin()
-
 def measuring(received, data=(X, Y), **options):
     """A KerasMetricCallback that appends what its metric_fn gets to a list."""
     metric_fn = lambda *pair: received.append(EvalPair(*pair)) or {"n": len(received)}
     return KerasMetricCallback(metric_fn, data, **{"batch_size": 8, **options})
-
 def evaluate(model, dataset, metric_fn=None, logs=None, **options):
-    """Runs one epoch's end of KerasMetricCallback outside fit; returns what metric_fn received."""
-    received = []
-    callback = measuring(received, dataset, **{"batch_size": None, **options})
+    """Runs one epoch's end of KerasMetricCallback; returns what metric_fn received."""
+    callback = measuring(received := [], dataset, **{"batch_size": None, **options})
     if metric_fn is not None:
         callback = KerasMetricCallback(metric_fn, dataset, **options)
-    callback.set_model(model)
-    callback.set_params({"verbose": 0, "epochs": 1})
+    begin(callback, model)
     callback.on_epoch_end(0, {} if logs is None else logs)
     return received[-1] if received else None
-
-def pushing(folder, name="model", **options):
-    return PushToHubCallback(folder / name, hub_token=WRITE, **options)
-
+pushing = lambda folder, name="model", **o: PushToHubCallback(folder / name, hub_token=WRITE, **o)
 def saved(push, epoch=0):
     """Ends an epoch and waits until its save is on the Hub, or raises what it failed of."""
     push.on_epoch_end(epoch, {"loss": 1 / (epoch + 1)})
     return push.last_job.result(timeout=60)
-
-def at_epoch_end(action, keras=FIRST):
-    """A callback that calls the action with each epoch; list it after the one that pushes."""
-    return keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: action(epoch))
-
-def awaiting(push, keras=FIRST):
-    """A callback that waits at the end of each epoch until its save is on the Hub."""
-    return at_epoch_end(lambda epoch: push.last_job.result(timeout=60), keras)
-
+# Callbacks to list after the one that pushes: one that calls the action with each epoch, and one
+# that waits until its save is on the Hub.
+calling = lambda action: lambda epoch, logs: action(epoch)
+at_epoch_end = lambda do, keras=FIRST: keras.callbacks.LambdaCallback(on_epoch_end=calling(do))
+awaiting = lambda push, keras=FIRST: at_epoch_end(lambda n: push.last_job.result(60), keras)
 # What the stand-in was asked for and holds, what a folder hides, a card's epochs, the log.
 asked = lambda stage: sum(kind == stage for kind, _ in hub.requests)
 on_hub = lambda name="model", index=-1: hub.files(f"user/{name}", index)
@@ -339,48 +322,39 @@ commits = lambda push: hub.commits(push.hub_model_id)
 leftovers = lambda folder: list(folder.glob(".*"))
 rows_of = lambda card: [int(epoch) for epoch in re.findall(r"^\| (\d+) \|", card, re.MULTILINE)]
 logged = lambda log: [(r.levelname, r.message) for r in log.records if r.name == "keras_callbacks"]
-
 def download(folder, name="model", index=-1):
     """Writes the files of a commit into a folder, as a user would download them, and returns it."""
     for path, content in on_hub(name, index).items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(content)
     return folder
-
 def downloaded(push, index=-1):
     name = push.hub_model_id.split("/")[1]
     return download(push.output_dir.parent / f"{name} {index}", name, index)
-
 def load(keras, folder):
     return keras.models.load_model(folder if keras in KERAS3 else folder / "model.keras")
-
 def contents(folder):
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
-
 def state_of(model):
     """The values of the weights and of the variables of the optimizers that train them."""
     training = getattr(model, "training", lambda: [(model.optimizer, model)])
     owned = [own() if callable(own := optimizer.variables) else own for optimizer, _ in training()]
     return [*model.get_weights(), *(v.numpy() for variables in owned for v in variables)]
-
 def assert_equal(received, expected):
     """Asserts that two nestings of arrays are the same bits."""
     for left, right in zip(tf.nest.flatten(received), tf.nest.flatten(expected), strict=True):
         np.testing.assert_array_equal(left, right)
-
 def assert_close(received, expected):
     """Asserts that two nestings of arrays hold nearly the same values by the same names."""
     compare = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     tf.nest.map_structure(compare, received, expected, check_types=False)
-
 def assert_pushed(push, keras=FIRST, x=None, folder=None):
     """Asserts that a folder, the newest commit by default, holds the model and loads back."""
     loaded = load(keras, folder or downloaded(push))
     assert_equal(loaded.get_weights(), push.model.get_weights())
     if x is not None:
         assert_equal(loaded.predict(x, verbose=0), push.model.predict(x, verbose=0))
-
 def assert_one_save(folder):
     """Asserts that model, checkpoint and card are of one and the same save; returns its epoch."""
     resumed = small_model(FIRST)
@@ -388,7 +362,6 @@ def assert_one_save(folder):
     assert_equal(resumed.get_weights(), load(FIRST, folder).get_weights())
     assert epoch == rows_of((folder / "README.md").read_text())[-1]
     return epoch
-
 def assert_resumes(make, folder, fit=fit_in_order, callbacks=(), before_loading=None):
     """Asserts that two epochs and, from their checkpoint on the Hub, two more end as four do."""
     whole, half, resumed = make(), make(), make()
@@ -401,22 +374,18 @@ def assert_resumes(make, folder, fit=fit_in_order, callbacks=(), before_loading=
     fit(resumed, initial_epoch=2, epochs=4)
     assert_equal(state_of(resumed), state_of(whole))
     assert_equal(*([v.numpy() for v in model.variables] for model in (resumed, whole)))
-
 def padded(rows, padding=-100):
     """One array from rows of different lengths, each padded at the end of its first axis."""
     whole = np.full((len(rows), max(map(len, rows)), *rows[0].shape[1:]), padding, rows[0].dtype)
     for target, row in zip(whole, rows):
         target[: len(row)] = row
     return whole
-
 def as_pipeline(batches):
     """A tf.data pipeline of these batches, whose widths differ."""
     specs = tf.nest.map_structure(lambda c: tf.TensorSpec([None] * c.ndim, c.dtype), batches[0])
     return tf.data.Dataset.from_generator(lambda: iter(batches), output_signature=specs)
-
-def in_batches(*parts, size=8):
-    return tf.data.Dataset.from_tensor_slices(parts if len(parts) > 1 else parts[0]).batch(size)
-
+slices = tf.data.Dataset.from_tensor_slices
+in_batches = lambda *parts, size=8: slices(parts if parts[1:] else parts[0]).batch(size)
 def children(*codes):
     """Runs pairs of code and environment variables in new processes at once, to their end."""
     common = {**os.environ, "STAND_IN_HUB": hub.url, "PYTHONPATH": str(HERE)}
@@ -425,13 +394,11 @@ def children(*codes):
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for child in pool.map(run, *zip(*codes)):
             assert child.returncode == 0, child.stdout
-
 def free_addresses(count):
     """Addresses on loopback that nobody listens at."""
     with contextlib.ExitStack() as stack:
         listen = lambda: stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         return [f"127.0.0.1:{listen().getsockname()[1]}" for _ in range(count)]
-
 def own_model(keras, *functional, **methods):
     """A compiled model, functional or with a dense layer, whose weights stay the same in `fit`."""
 
@@ -445,25 +412,21 @@ def own_model(keras, *functional, **methods):
         model.dense.build((None, 4))
     model.compile("sgd", "mse")
     return model
-
 def after_fit(model, data, **options):
     """What metric_fn receives at the end of a `fit` of one epoch on the data that it evaluates."""
     callback = measuring(received := [], data, **{"batch_size": None, **options})
     model.fit(data, verbose=0, callbacks=[callback])
     return received[-1]
-
 def assert_same(received, expected):
     """Asserts that two nestings of the same types hold nearly the same values, or the same None."""
     tf.nest.assert_same_structure(received, expected)
     leaves = map(tf.nest.flatten, (received, expected))
     assert_close(*([leaf for leaf in nest if leaf is not None] for nest in leaves))
-
 def assert_as_predict(model, data, **options):
     """Asserts that metric_fn gets what Keras' own predict of the data gives; returns the pair."""
     received = after_fit(model, data, **options)
     assert_same(received.predictions, model.predict(data, verbose=0))
     return received
-
 def assert_refused(model, data, *words, train=X, **options):
     """Asserts that `fit` raises a ValueError with these words before its first epoch begins."""
     callback = measuring(received := [], data, **options)
@@ -849,6 +812,15 @@ class TestQuestions:  # what a `generate` of one's own gets, and what it may ret
         assert [column.tolist() for column in pair] == [texts if padding is None else rows, texts]
         assert ("compile(jit_compile=True)" in caplog.text) is use_xla
 
+    def test_settings_that_cannot_work_leave_nothing_behind(self, keras):
+        model = own_model(keras, generate=lambda self, x, scale: x * scale)
+        callback = measuring(received := [], X, predict_with_generate=True)
+        for scale in (2.0, "two", 2.0):
+            callback.generate_kwargs["scale"] = scale
+            with pytest.raises(ValueError) if scale == "two" else contextlib.nullcontext():
+                model.fit(X, X, verbose=0, callbacks=[callback])
+        assert_equal([pair.predictions for pair in received], [X * 2, X * 2])
+
     ANSWERED = {"ids": X, "b": X * 2}
     AT_FIRST = np.where(np.arange(22)[:, None] < 8, X * 2, X)  # equals ANSWERED["b"] in one batch
     total = lambda self, x: sum(x.values())
@@ -867,9 +839,7 @@ class TestQuestions:  # what a `generate` of one's own gets, and what it may ret
         received = evaluate(model, data, batch_size=8, predict_with_generate=True, **options)
         assert_same(received.predictions, expected)
 
-
 # PushToHubCallback ---------------------------------------------------------------------------
-
 def write_files(folder, *names, text="the user's"):
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -928,18 +898,18 @@ class TestPush:
     # An execution of four steps ends after batch 4, 8, 10; with endless data Keras 3 trains 12.
     @pytest.mark.filterwarnings("ignore:Your input ran out of data")
     @each("size", ["known", "unknown", "endless"])
-    @each("options, at_once", [({}, 1), ({}, 4), ({"gradient_accumulation_steps": 2}, 4)],
-          ids=["one by one", "in fours", "gradients gathered"])
+    # A single batch is left for the last execution of nine steps.
+    @each("options, at_once", [({}, 1), ({}, 4), ({}, 9), ({"gradient_accumulation_steps": 2}, 4)],
+          ids=["one by one", "in fours", "in nines", "gradients gathered"])
     def test_steps_are_counted_as_they_are_trained(self, keras, tmp_path, options, at_once, size):
         refused = (options or (at_once, size) == (4, "unknown")) and keras not in KERAS3
-        if refused or (at_once > 1 and BACKEND == "torch"):
+        if refused or (at_once > 1 and BACKEND == "torch") or (at_once == 9 and size != "known"):
             pytest.skip("not in this Keras")
         model, data = small_model(keras), in_batches(X[:20], Y[:20], size=2)
         model.compile(keras.optimizers.Adam(**options), LOSS, steps_per_execution=at_once)
         endless = {"steps_per_epoch": 10} if size == "endless" else {}
         data = {"known": data, "unknown": data.filter(lambda *of: True), "endless": data.repeat()}
         push = pushing(tmp_path, save_strategy="steps", save_steps=20)
-
         # Of data of unknown size the optimizer of Keras 3 counts one update more in each epoch.
         count = lambda: len(hooks) if at_once == 1 else int(model.optimizer.iterations)
 
@@ -1063,9 +1033,7 @@ class TestPushedFiles:
                 assert load_repo_checkpoint(other, source, token=WRITE) == {"epoch": 1}
                 assert_equal(state_of(other), state_of(model))
 
-
 # Checkpoint ----------------------------------------------------------------------------------
-
 def assert_no_load(model, source, match, error=ValueError):
     """Asserts that a checkpoint is refused before a variable changes, with words that help."""
     before = [np.copy(value) for value in state_of(model)]
@@ -1187,19 +1155,36 @@ class TestAnotherModel:
         assert_resumes(lambda: branches(keras, frozen), tmp_path)
 
     @each("there, here, difference", [
-        ({"frozen": "a"}, {}, "optimizer"),
-        ({"frozen": "a"}, {"frozen": "b"}, "False.* True"),
+        ({"frozen": "a"}, {}, "optimizer"), ({"frozen": "a"}, {"frozen": "b"}, "False.* True"),
         ({"frozen": "a", "optimizer": "sgd"}, {"optimizer": "sgd"}, "."),
-        ({}, {"order": "ba"}, "."),
-        ({"named": False}, {"named": False, "order": "ba"}, "dense"),
-        ({}, {"optimizer": "adamax"}, "Adam.*Adamax"),
-        ({}, {"classes": 4}, r"\(4, 3\)"),
+        ({}, {"order": "ba"}, "."), ({"named": False}, {"named": False, "order": "ba"}, "dense"),
+        ({}, {"optimizer": "adamax"}, "Adam.*Adamax"), ({}, {"classes": 4}, r"\(4, 3\)"),
     ], ids=str)
     def test_another_model_or_phase_is_refused(self, keras, tmp_path, there, here, difference):
         push = pushing(tmp_path, checkpoint=True)
         fit_in_order(branches(keras, **there), callbacks=[push])
         match = f"does not fit the model.*{difference}.*freeze and compile"
         assert_no_load(branches(keras, **here), push.output_dir, match)
+
+    def test_layers_that_change_places_are_refused_though_others_are_called_anew(
+            self, keras, tmp_path):
+        def make(*names):
+            a, b, head = (keras.layers.Dense(3, "softmax", name=name) for name in names)
+            inputs = keras.layers.Input((4,))
+            model = keras.Model(inputs, head(keras.layers.Subtract()([a(inputs), b(inputs)])))
+            model.compile("adam", LOSS)
+            return model
+        fit_in_order(make("a", "b", "head"), callbacks=[pushing(tmp_path, checkpoint=True)])
+        for names in (("b", "a", "head"), ("b", "a", "new")):
+            assert_no_load(make(*names), tmp_path / "model", "'a'.*'b'")
+
+    def test_a_refused_checkpoint_does_not_build_the_optimizer_for_another_phase(
+            self, keras, tmp_path):
+        push, model = pushing(tmp_path, checkpoint=True), branches(keras, "a")
+        fit_in_order(branches(keras), callbacks=[push])
+        assert_no_load(model, push.output_dir, "does not fit")
+        model.layers[0].a.trainable = True
+        assert load_repo_checkpoint(model, push.output_dir) == {"epoch": 0}
 
 def rewriting(new=None, name="keras_callbacks/state", **of_state):
     """A damage of a file: other content of a data set, none, or changes of the state in it."""
@@ -1268,17 +1253,13 @@ class TestJaxAndTensorFlow:
         first, second, third = (pickle.loads((tmp_path / n).read_bytes()) for n in "024")
         assert_equal([second[0], third[0]], [first[1], second[1]])
 
-
 # Model card ----------------------------------------------------------------------------------
-
 FACTS = {"tasks": "image-classification", "dataset": "digits"}  # with these there are results
 HUMAN = {"README.md": b"---\nlicense: mit\n---\n# By a human\n", "notes/mine.md": b"mine"}
 
-def card_on_hub(push, index=-1):
-    return huggingface_hub.ModelCard(hub.files(push.hub_model_id, index)["README.md"].decode())
-
-def results_on(card):
-    return {result.metric_name: result.metric_value for result in card.data.eval_results or []}
+text_of_card = lambda push, index=-1: hub.files(push.hub_model_id, index)["README.md"].decode()
+card_on_hub = lambda push, index=-1: huggingface_hub.ModelCard(text_of_card(push, index))
+results_on = lambda card: {r.metric_name: r.metric_value for r in card.data.eval_results or []}
 
 class TestCard:
     def test_the_card_has_the_facts_the_metrics_the_table_and_the_optimizer(self, keras, tmp_path):
@@ -1307,8 +1288,7 @@ class TestCard:
         assert re.findall(r"(?m)^\| .*", card.text) == [
             r"| Epoch | loss | f1\_macro | val\_loss | val\_mse | a --- \|b |",
             "| ---: | ---: | ---: | ---: | ---: | ---: |",
-            "| 0 | 1.235 | 1 |  |  |  |",
-            "| 1 | nan | 0.5 | inf | 0.0001235 | 7 |",
+            "| 0 | 1.235 | 1 |  |  |  |", "| 1 | nan | 0.5 | inf | 0.0001235 | 7 |",
         ]
         assert "\n- epochs: 2 of 3 steps\n" in card.text
         assert not re.search("(?i)distribution|strategy|replica|scratch", card.text)
@@ -1343,13 +1323,16 @@ class TestCardIsTrue:
         assert results_on(card) == {"f1": 0.9} and "Results of epoch 1" in card.text
         assert_equal(load(keras, downloaded(push)).get_weights(), weights[1])
 
-    def test_every_trainable_variable_takes_part_in_telling_epochs_apart(self, keras, tmp_path):
-        layers = [keras.layers.Embedding(70_000, 2), keras.layers.Flatten(), keras.layers.Dense(3)]
-        model = keras.Sequential([keras.layers.Input((1,)), *layers])
+    @each("index", [0, -1], ids=["a row of a table", "an average of a normalization"])
+    def test_every_variable_takes_part_in_telling_epochs_apart(self, keras, tmp_path, index):
+        of, half = keras.layers, {"dtype": "bfloat16"}
+        layers = [of.Embedding(70_000, 2), of.Flatten(), of.Dense(3, **half)]
+        layers += [of.BatchNormalization()]
+        model = keras.Sequential([of.Input((1,)), *layers])
         push = pushing(tmp_path, save_strategy="no", **FACTS)
         begin(push, model, epochs=2)
         first, second = model.get_weights(), model.get_weights()
-        second[0][-1, -1] += 1  # a row of the table; the small variables stay as they are
+        second[index].flat[-1] += 1  # the others stay as they are
         for epoch, weights in enumerate([first, second]):
             model.set_weights(weights)
             push.on_epoch_end(epoch, {"f1": epoch / 2})
@@ -1445,9 +1428,7 @@ class TestCardOfOthers:
         ((level, message),) = logged(caplog)
         assert level == "WARNING" and re.search("README.md|card", message)
 
-
 # Faults --------------------------------------------------------------------------------------
-
 class Clock:
     """Time that passes only while somebody waits for the next try."""
 
@@ -1475,8 +1456,8 @@ def raising(error):
 
 def once_training_waits(action):
     """Calls the action, in a thread, when the main thread waits in on_train_end for something."""
-    def run(main=threading.main_thread().ident, names=("",)):
-        while names[0] != "wait" or "on_train_end" not in names:
+    def run(main=threading.main_thread().ident, names=()):
+        while names[:3] != ["wait"] * 3 or "on_train_end" not in names:  # for futures, not a start
             threading.Event().wait(0.01)  # looks again
             frames = traceback.walk_stack(sys._current_frames()[main])
             names = [frame.f_code.co_name for frame, _ in frames]
@@ -1623,8 +1604,7 @@ def big_model(optimizer=None):
 class TestSavingFails:
     @each("error, match", [
         (OSError("no vocabulary"), "write .*{}: OSError: no vocabulary.*" + kc.RESCUED),
-        (KeyboardInterrupt("Ctrl-C"), "Ctrl-C"),
-        (None, "write .*{}: .*No space left"),
+        (KeyboardInterrupt("Ctrl-C"), "Ctrl-C"), (None, "write .*{}: .*No space left"),
     ], ids=["an error", "Ctrl-C", "a full disk"])
     def test_what_cannot_be_written_is_named(self, push, model, monkeypatch, error, match):
         push.tokenizer = Tokenizer()
@@ -1659,14 +1639,14 @@ class TestSavingFails:
                 (push.output_dir / users_file).write_bytes(bytes(7_000_000))  # fits once, not twice
             for epoch in range(3):
                 push.on_epoch_end(epoch, {})
-                assert fault.reached.wait(60)
+                if users_file:  # a push beside the next save does not fit
+                    assert "No space left" in str(push.last_job.exception(timeout=60))
+                assert users_file or fault.reached.wait(60)
             fault.release.set()
-            push.last_job.result(timeout=60)
-            saved(push, 3)
-            assert_pushed(push)
-            # The file was left out, two saves had no space beside the upload, it was left out.
-            unsaved = ["was not saved" in message for _, message in logged(caplog)]
-            assert unsaved == ([False, True, True, False] if users_file else [])
+            concurrent.futures.wait([push.last_job], 60)
+            push.on_train_end()
+            assert_pushed(push)  # three were told, and that the file was left out in the end
+            assert [level for level, _ in logged(caplog)] == ["WARNING"] * (4 if users_file else 0)
         finally:
             subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
@@ -1681,6 +1661,26 @@ class TestLastStateWins:
         assert push.last_job.exception(timeout=60) is not None
         assert commits(push) == ["End of training"]
         assert_pushed(push)
+
+    @each("stage", ["copy", "yaml"])
+    def test_an_older_state_that_takes_long_is_not_committed_after_a_newer_one(
+            self, tmp_path, model, monkeypatch, stage):
+        def copy_slowly(*paths, copy=shutil.copyfile):
+            if not slow.reached.is_set():
+                slow.reached.set()
+                slow.release.wait(60)
+            return copy(*paths)
+        push, slow = pushing(tmp_path, tags=["REFUSE"]), hub.add_fault(stage, "wait")
+        begin(push, model)
+        monkeypatch.setattr(shutil, "copyfile", copy_slowly if stage == "copy" else shutil.copyfile)
+        monkeypatch.setattr(kc, "BACKGROUND_SECONDS", 0.1)
+        monkeypatch.setattr(kc, "SLOWEST_LINK", 1e12)
+        push.on_epoch_end(0, {})
+        assert slow.reached.wait(60)
+        fit_in_order(model, callbacks=[pushing(tmp_path)])
+        slow.release.set()
+        assert push.last_job.exception(timeout=60) is not None
+        assert commits(push) == ["End of training"]
 
     @each("name", [WEIGHTS, "README.md", "all files"])
     @each("stage", ["info", "preupload", "lfs", "commit"])
@@ -1768,8 +1768,7 @@ class TestInterrupts:
         assert len(push.training_history) == 1 and not leftovers(push.output_dir)
 
     @each("place, error", [
-        ((os, "replace"), KeyboardInterrupt),
-        ((threading.Thread, "start"), KeyboardInterrupt),
+        ((os, "replace"), KeyboardInterrupt), ((threading.Thread, "start"), KeyboardInterrupt),
         ((threading.Thread, "start"), RuntimeError),
     ])
     def test_an_upload_that_cannot_begin_leaves_no_folder_and_does_not_hold_up_the_next_one(
@@ -1828,9 +1827,7 @@ class TestKill:
             last = assert_one_save(download(tmp_path / str(index), repo, index))
         assert last == 1 and not [name for name in on_hub(repo) if name.startswith(kc.PRIVATE)]
 
-
 # Ecosystems ----------------------------------------------------------------------------------
-
 BERT, BART = "TFBertForSequenceClassification", "TFBartForSequenceClassification"
 GPT2, T5 = "TFGPT2LMHeadModel", "TFT5ForConditionalGeneration"
 SPEECH, BLIP = "TFWhisperForConditionalGeneration", "TFBlipForConditionalGeneration"
@@ -1891,8 +1888,7 @@ generated = functools.partial(evaluate, predict_with_generate=True)
 
 def loaded_by_card(push):
     """The names that the Python of the card on the Hub defines, which is run as it stands."""
-    code = re.search(r"```python\n(.*?)```", pushed(push)["README.md"].decode(), re.DOTALL)[1]
-    exec(code, names := {})
+    exec(re.search(r"```python\n(.*?)```", text_of_card(push), re.DOTALL)[1], names := {})
     return names
 
 @pytest.mark.filterwarnings("ignore:The initializer .* is unseeded and being:UserWarning")
@@ -1960,16 +1956,6 @@ class TestTransformers:  # against one example at a time, called by name and eag
             scores.append(names["scorer"].score(target, answer)["rouge1"].fmeasure)
         assert 0 < 100 * np.mean(scores) == pytest.approx(model.history.history["rouge1"][0])
 
-    def test_no_space_is_asked_for_an_optimizer_that_is_not_saved(self, tmp_path, monkeypatch):
-        model, push = tiny(BERT), pushing(tmp_path)
-        model.compile("adam")
-        model.optimizer.build(model.trainable_variables)  # twice the size of the weights
-        size = 2**20 + sum(weight.nbytes for weight in model.get_weights())
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=size))
-        begin(push, model)
-        push.on_train_end()
-        assert "tf_model.h5" in pushed(push)
-
     def test_training_resumes_bitwise(self, tmp_path):
         from transformers import create_optimizer
         ids = np.random.default_rng(1).integers(5, 40, (16, 6), "int32")
@@ -1981,7 +1967,6 @@ class TestTransformers:  # against one example at a time, called by name and eag
             model.compile(create_optimizer(0.01, 16, num_warmup_steps=4, weight_decay_rate=0.1)[0])
             assert type(model.optimizer).__name__ == "AdamWeightDecay"
             return model
-
         assert_resumes(make, tmp_path, fit, before_loading=fit)  # which makes its variables
 
     QUESTIONS = {  # a model, the columns that it is to start from, how data are given, options
@@ -2249,9 +2234,7 @@ class TestLegacySwitch:  # the same module where tf.keras is tf_keras
         run = subprocess.run(command, capture_output=True, **options)
         assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-3000:]
 
-
 # Packaging and README ------------------------------------------------------------------------
-
 README, TOX = ((HERE / name).read_text("utf-8") for name in ("README.md", "tox.ini"))
 
 def run_readme_block(text, folder, **names):
