@@ -292,6 +292,7 @@ class PushToHubCallback(_AnyKerasCallback):
     Uploads run in the background, and training goes on; saves made during an upload stay local, and
     the next save after it is pushed. When training ends the final state is pushed and awaited.
     Whatever the Hub does, `fit` goes on, and `output_dir` holds the newest save, each file whole.
+    What is pushed is copied first: a push that would leave no space for the next save is left out.
     List it after callbacks whose metrics the card is to have, and whose weights it is to save.
 
     ```python
@@ -1404,8 +1405,9 @@ class _Upload:
     def commit(self) -> Any:
         """Commits the snapshot on top of the newest commit, without the card if that is refused."""
         head = self.api.model_info(self.repo_id)
-        # Whoever pushes a newer state sets `stop` before it reads its head: either this is seen
-        # here, or its commit comes after this head, which `parent_commit` then refuses.
+        # Whoever pushes a newer state sets `stop` before it reads its head. Either this is seen
+        # here, or its head is no older than this one, and of two commits on one head the Hub
+        # refuses the later: a state never follows a newer one.
         if self.stop.is_set():
             raise InterruptedError("a newer state is pushed, or the wait for it has ended")
         if CARD in self.names and CARD in {file.rfilename for file in head.siblings or []}:
