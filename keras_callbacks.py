@@ -443,6 +443,8 @@ class PushToHubCallback(_AnyKerasCallback):
         place = self.output_dir if _kind_of(self.model).is_chief else None  # None: temporary files
         running = _uploads.get(self.hub_model_id)
         is_busy = running is not None and not running.future.done() and not is_final
+        if place is not None:
+            place.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
         with contextlib.ExitStack() as stack:
             folder = Path(tempfile.mkdtemp(prefix=PRIVATE, dir=place))
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -456,10 +458,12 @@ class PushToHubCallback(_AnyKerasCallback):
                 ) from error
             if is_busy or place is None:
                 return None
-            shows_bars = is_final and bool(self.params.get("verbose"))
-            size = sum((folder / name).stat().st_size for name in names)
-            of_save = place, folder, names, message, is_final, shows_bars, running, size
-            upload = _Upload(self._api, self.hub_model_id, *of_save)
+            upload = _Upload(
+                *(self._api, self.hub_model_id, place, folder, names, message, is_final),
+                shows_bars=is_final and bool(self.params.get("verbose")),
+                predecessor=running,
+                size=sum((folder / name).stat().st_size for name in names),
+            )
             upload.future.set_running_or_notify_cancel()  # so that nobody can cancel it
             try:
                 threading.Thread(target=upload.run, daemon=True).start()
@@ -575,6 +579,8 @@ def load_repo_checkpoint(
             newest = _attempt(api, lambda: api.model_info(name).sha, CREATION_SECONDS)
             download = functools.partial(api.hf_hub_download, name, CHECKPOINT, revision=newest)
             file = Path(_attempt(api, download, CREATION_SECONDS))
+        except hub_utils.LocalEntryNotFoundError:  # a download that failed
+            raise
         except (hub_utils.HFValidationError, *MISSING) as error:
             raise FileNotFoundError(
                 f"{name} is neither a folder nor a repository with a {CHECKPOINT}: {error}"
@@ -1123,8 +1129,9 @@ def _count_updates(model: Any) -> int:
     With several steps in one execution it gives the index that a full last execution of an epoch
     would have, and trains more than `steps_per_epoch` of endless data.
     """
-    in_each = getattr(model.optimizer, "gradient_accumulation_steps", None) or 1
-    return int(np.asarray(model.optimizer.iterations)) * in_each
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)  # of a loss scale
+    in_each = getattr(optimizer, "gradient_accumulation_steps", None) or 1
+    return int(np.asarray(optimizer.iterations)) * in_each
 
 
 def _check_free_space(model: Any, folder: Path, has_checkpoint: bool) -> None:
@@ -1159,7 +1166,7 @@ def _publish(folder: Path, output_dir: Path, known: set[str]) -> list[str]:
     for number, name in enumerate(names):
         (output_dir / name).parent.mkdir(parents=True, exist_ok=True)
         try:
-            if name in old:  # lives on for now: to free 256 MiB takes ext4 0.15 s
+            if name in old:  # lives on for now: to free 256 MiB takes ext4 0.05 s
                 os.link(output_dir / name, replaced / str(number))
             os.link(folder / name, link)
         except OSError:  # a disk without links
@@ -1194,7 +1201,8 @@ def _parts_of(model: Any) -> dict[str, tuple[Any, list[Any]]]:
             data = (str, int, float)  # of which lists may be long
             inside = {name: part for name, part in inside.items() if not isinstance(part, data)}
             places += [(f"{place}.{name}", part) for name, part in inside.items()]
-    return found
+    # Layers in their order, which may have been made before or after an optimizer.
+    return dict(sorted(found.items(), key=lambda item: hasattr(item[1][0], "apply_gradients")))
 
 
 def _unsaved_variables(model: Any) -> dict[str, Any]:
@@ -1460,9 +1468,11 @@ def _open_repo(api: Any, name: str, output_dir: Path) -> tuple[str, list[str], d
             download = functools.partial(api.hf_hub_download, repo_id, CARD, local_dir=folder)
             cards.append(Path(_attempt(api, download, CREATION_SECONDS)))
         for card in filter(Path.is_file, cards):
-            if not METADATA.sub("", card.read_text("utf-8", errors="replace")).strip():
-                with contextlib.suppress(Exception):  # YAML that somebody has broken
-                    kept |= huggingface_hub.metadata_load(card) or {}
+            with contextlib.suppress(Exception):  # YAML that somebody has broken
+                found = huggingface_hub.metadata_load(card) or {}
+                is_bare = not METADATA.sub("", card.read_text("utf-8", errors="replace")).strip()
+                names = found if is_bare else found.get(KEPT, ())  # which a card of ours lists
+                kept |= {name: found[name] for name in names if name in found}
     return repo_id, files, kept
 
 
@@ -1581,6 +1591,7 @@ Intended uses, limitations and data: more information needed.
 {versions}
 """
 METADATA = re.compile(r"\A\s*---\n.*?^---[ \t]*(\n|\Z)", re.DOTALL | re.MULTILINE)
+KEPT = "kept_metadata"  # lists the metadata that a card had before it was ours
 _humans: set[str] = set()  # the repositories whose cards were said to be a human's
 
 
@@ -1661,6 +1672,7 @@ def _model_card(
         ]
         or None,
     )
+    listed = {KEPT: sorted(kept)} if kept else {}
     summary = f"A {type(model).__name__}"
     summary += f", fine-tuned from {_as_text(base)}" if base else ""
     summary += f", trained on {' and '.join(map(_as_text, datasets))}" if datasets else ""
@@ -1676,7 +1688,7 @@ def _model_card(
         table.append([str(done), *(f"{logs[c]:.4g}" if c in logs else "" for c in columns)])
     versions = [(each, getattr(sys.modules.get(each), "__version__", "")) for each in PACKAGES]
     return CARD_TEMPLATE.format(
-        metadata=huggingface_hub.CardData(**metadata.to_dict() | kept).to_yaml(),
+        metadata=huggingface_hub.CardData(**metadata.to_dict() | kept | listed).to_yaml(),
         name=_as_text(name),
         summary=summary + ("." if epoch is None else f". Results of epoch {epoch}:"),
         results="\n".join(lines) or "The results of exactly these weights are not known.",

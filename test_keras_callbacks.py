@@ -818,7 +818,7 @@ class TestQuestions:  # what a `generate` of one's own gets, and what it may ret
         for scale in (2.0, "two", 2.0):
             callback.generate_kwargs["scale"] = scale
             with pytest.raises(ValueError) if scale == "two" else contextlib.nullcontext():
-                model.fit(X, X, verbose=0, callbacks=[callback])
+                model.fit(X, LABEL, verbose=0, callbacks=[callback])
         assert_equal([pair.predictions for pair in received], [X * 2, X * 2])
 
     ANSWERED = {"ids": X, "b": X * 2}
@@ -906,12 +906,14 @@ class TestPush:
         if refused or (at_once > 1 and BACKEND == "torch") or (at_once == 9 and size != "known"):
             pytest.skip("not in this Keras")
         model, data = small_model(keras), in_batches(X[:20], Y[:20], size=2)
-        model.compile(keras.optimizers.Adam(**options), LOSS, steps_per_execution=at_once)
+        optimizer = keras.optimizers.Adam(**options)  # with a loss scale around it, in one case
+        around = keras.optimizers.LossScaleOptimizer if options else lambda optimizer: optimizer
+        model.compile(around(optimizer), LOSS, steps_per_execution=at_once)
         endless = {"steps_per_epoch": 10} if size == "endless" else {}
         data = {"known": data, "unknown": data.filter(lambda *of: True), "endless": data.repeat()}
         push = pushing(tmp_path, save_strategy="steps", save_steps=20)
         # Of data of unknown size the optimizer of Keras 3 counts one update more in each epoch.
-        count = lambda: len(hooks) if at_once == 1 else int(model.optimizer.iterations)
+        count = lambda: len(hooks) if at_once == 1 else int(optimizer.iterations)
 
         def wait(batch, logs):
             hooks.append(batch)
@@ -1040,7 +1042,6 @@ def assert_no_load(model, source, match, error=ValueError):
     with pytest.raises(error, match=match):
         load_repo_checkpoint(model, source, token=WRITE)
     assert_equal(state_of(model)[: len(before)], before)  # an optimizer may have been built
-
 def of_two_parts(keras, place):
     """A model without a call, or around one part, that trains each part with its own optimizer."""
     class Adversaries(keras.Model):
@@ -1068,7 +1069,6 @@ def of_two_parts(keras, place):
         model.compile()
     model.training = lambda: [(g, left), (d, right)]
     return model
-
 OPTIMIZERS = {
     "momentum": lambda of: of.SGD(0.1, momentum=0.9),
     "average": lambda of: of.Adam(0.1, use_ema=True, ema_momentum=0.5),
@@ -1133,7 +1133,6 @@ class TestResuming:
         assert rows_of(card) == [0, 1, 2] and not re.search(r"<script>|\n# \|", card)
         cells = re.search(r"^\| 0 \| (.*) \|$", card, re.MULTILINE)[1].split(" | ")
         assert cells[: len(logs)] == [f"{value:.4g}" for value in logs.values()]
-
 def branches(keras, frozen="", order="ab", named=True, optimizer="adam", classes=3):
     """A model with two equal layers in a layer of its own, some of them not to be trained."""
     class Two(keras.layers.Layer):
@@ -1186,6 +1185,19 @@ class TestAnotherModel:
         model.layers[0].a.trainable = True
         assert load_repo_checkpoint(model, push.output_dir) == {"epoch": 0}
 
+    def test_layers_may_be_made_before_or_after_the_optimizer(self, keras, tmp_path):
+        class Late(keras.Model):
+            def build(self, shape):
+                self.dense = keras.layers.Dense(3, "softmax")
+                self.dense.build(shape)
+            call = lambda self, inputs: self.dense(inputs)
+        first, second = Late(), Late()
+        for model in (first, second):
+            model(X) if model is second else None
+            model.compile("adam", LOSS)
+        fit_in_order(first, callbacks=[pushing(tmp_path, checkpoint=True)])
+        assert load_repo_checkpoint(second, tmp_path / "model") == {"epoch": 0}
+        assert_equal(state_of(second), state_of(first))
 def rewriting(new=None, name="keras_callbacks/state", **of_state):
     """A damage of a file: other content of a data set, none, or changes of the state in it."""
     def damage(path):
@@ -1222,6 +1234,7 @@ class TestNewestCheckpoint:
         load = lambda: load_repo_checkpoint(small_model(FIRST), push.hub_model_id, token=WRITE)
         saved(push)
         assert load() == {"epoch": 0}
+        shutil.rmtree(push.output_dir)  # as somebody may in a notebook
         saved(push, 1)  # while an older one is in the cache
         fault = hub.add_fault("resolve", "wait")
         with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -1233,7 +1246,6 @@ class TestNewestCheckpoint:
         hub.down = True  # then none comes from the cache either
         monkeypatch.setattr(kc, "CREATION_SECONDS", 0.1)
         assert_no_load(push.model, push.hub_model_id, hub.url, ConnectionError)
-
 def go_on(folder, epoch):
     """Trains two epochs more from what is on the Hub; keeps the states before and after."""
     model, push = small_model(FIRST), pushing(folder, "half", checkpoint=True)
@@ -1412,9 +1424,11 @@ class TestCardOfOthers:
     @each("card", [THEIRS, "", KEYS, KEYS.replace("\n", "\r\n") + "\r\n\r\n"])
     def test_a_generated_card_is_replaced_and_one_of_metadata_alone_keeps_its_keys(
             self, model, tmp_path, repo, place, card):
-        push = self.push_over(card, place, tmp_path, repo, **{"license": "mit", **FACTS})
+        facts = {"license": "mit", **FACTS}
+        push = self.push_over(card, place, tmp_path, repo, **facts)
         fit_in_order(model, epochs=2, callbacks=[push, awaiting(push)])
-        for made in (card_on_hub(push, -2), card_on_hub(push)):
+        fit_in_order(model, callbacks=[pushing(tmp_path, repo, **facts)])  # a further run
+        for made in (card_on_hub(push, 2), card_on_hub(push, 3), card_on_hub(push)):
             assert made.data.license == ("apache-2.0" if "mine" in card else "mit")
             assert ("extra_gated_prompt: ask me" in made.content) is ("mine" in card)
             assert made.data.pipeline_tag and rows_of(made.text) and "# old" not in made.text
@@ -1440,7 +1454,6 @@ class Clock:
         self.waits.append(seconds)
         self.seconds += seconds
         self.meanwhile(event)
-
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that costs nothing, with the waits and limits that the README tells."""
@@ -1448,12 +1461,10 @@ def clock(monkeypatch):
     for name, value in limits.items():
         monkeypatch.setattr(kc, name, value)
     return kc._clock
-
 def raising(error):
     def fail(*args, **options):
         raise error
     return fail
-
 def once_training_waits(action):
     """Calls the action, in a thread, when the main thread waits in on_train_end for something."""
     def run(main=threading.main_thread().ident, names=()):
@@ -1463,12 +1474,10 @@ def once_training_waits(action):
             names = [frame.f_code.co_name for frame, _ in frames]
         action()
     threading.Thread(target=run, daemon=True).start()
-
 def end(push, strategy):
     """Saves during training or at its end; returns what the push failed of, or None."""
     push.on_train_end() if strategy == "no" else push.on_epoch_end(0)
     return push.last_job.exception(timeout=60)
-
 # The client itself waits a second before it repeats some of these, so there are fewer of them.
 PASSING = {"info": (500, 503, 429, 408, "drop", "lost"), "preupload": (503,), "batch": (503,)}
 PASSING |= {"lfs": (503, 429, "drop"), "any": ("drop",)}  # as from a Hub that comes up again
@@ -1592,7 +1601,6 @@ class Tokenizer:
         pathlib.Path(folder, "a_vocab.txt").write_text(str(self.number))
         self.between()
         pathlib.Path(folder, "b_vocab.txt").write_text(str(self.number))
-
 def big_model(optimizer=None):
     """A model of 5 MB that is not compiled, or is trained with Adam of 15 MB."""
     model = FIRST.Sequential([FIRST.layers.Input((1250,)), FIRST.layers.Dense(1000)])
@@ -1726,7 +1734,7 @@ class TestWhatCannotBeSaved:
         assert_equal(state_of(other), state_of(model))
 
 class TestSlowUploads:
-    @each("stage", ["info", "lfs", "commit"])
+    @each("stage", ["preupload", "lfs", "commit"])
     def test_training_goes_on_and_each_commit_is_one_whole_save_the_newest(
             self, push, stage, monkeypatch, caplog):
         monkeypatch.setattr(kc, "FINAL_SECONDS", 0.0)  # the wait allows for the bytes
@@ -1754,10 +1762,11 @@ class TestInterrupts:
             self, push, model, caplog, at_end):
         stop = at_epoch_end(lambda epoch: epoch == 1 and raising(KeyboardInterrupt)())
         fault = hub.add_fault("lfs", "wait")
+        sent = at_epoch_end(lambda epoch: fault.reached.wait(60))
         if at_end:  # while it waits for the upload
             once_training_waits(lambda: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
-            fit_in_order(model, epochs=2, callbacks=[push] if at_end else [push, stop])
+            fit_in_order(model, epochs=2, callbacks=[push, sent] + [stop] * (not at_end))
         told = re.search(rf"final state(.|\n)*upload_folder\(.*{push.hub_model_id}", caplog.text)
         assert (told is not None, assert_one_save(push.output_dir)) == (at_end, 1)
         fault.release.set()
@@ -1783,7 +1792,6 @@ class TestInterrupts:
         fit_in_order(model, callbacks=[push])
         assert_pushed(push)
         assert not leftovers(push.output_dir)
-
 def train_and_die(folder, run, ready=None, event="", pattern="", left=0):
     """Trains for two epochs, or until an audit event in the second save."""
     push = pushing(folder.parent, folder.name, checkpoint=True, tokenizer=Tokenizer(run))
@@ -1841,7 +1849,6 @@ SIZES |= dict(image_text_hidden_size=16, suppress_tokens=None, begin_suppress_to
 SIZES |= dict(pad_token_id=0, decoder_start_token_id=0, bos_token_id=1, eos_token_id=2)
 ENDS = {"max_new_tokens": 6, "eos_token_id": list(range(3, 40, 4))}  # so that lengths differ
 TEXT, IMAGE = ["input_ids", "attention_mask"], ["pixel_values"]
-
 def tiny(kind, **options):
     """A small transformers model of random weights, large enough ones for its outputs to differ."""
     import transformers
@@ -1852,7 +1859,6 @@ def tiny(kind, **options):
     rng, scale = np.random.default_rng(18), 0.8 if kind == BLIP else 0.4
     model.set_weights([rng.normal(size=w.shape, scale=scale) for w in model.get_weights()])
     return model
-
 def batches_for(kind, classes=0):
     """Batches of what a model takes, of three widths; labels are classes of examples or tokens."""
     rng, batches = np.random.default_rng(3), []
@@ -1868,12 +1874,10 @@ def batches_for(kind, classes=0):
         labels = rng.integers(0, classes, len(mask)) if classes else np.where(mask, labels, -100)
         batches.append({**batch, "labels": labels})
     return batches
-
 def one_by_one(batches):
     """The examples of the batches, each as a batch of one, as wide as the batch it comes from."""
     rows = lambda batch: range(len(next(iter(batch.values()))))
     return [{n: c[i : i + 1] for n, c in batch.items()} for batch in batches for i in rows(batch)]
-
 without_labels = lambda batch: {n: column for n, column in batch.items() if n != "labels"}
 GIVEN = {  # ways to give a batch to fit
     "pair": lambda x: (without_labels(x), x["labels"]),
@@ -1885,7 +1889,6 @@ GIVEN = {  # ways to give a batch to fit
         np.insert(x["labels"], 0, 0, axis=1)[:, :-1], 0)}, x["labels"]),
 }
 generated = functools.partial(evaluate, predict_with_generate=True)
-
 def loaded_by_card(push):
     """The names that the Python of the card on the Hub defines, which is run as it stands."""
     exec(re.search(r"```python\n(.*?)```", text_of_card(push), re.DOTALL)[1], names := {})
@@ -2059,7 +2062,6 @@ class TestTransformers:  # against one example at a time, called by name and eag
         ids, options = np.ones((2, 3), "int32"), dict(predict_with_generate=True, batch_size=2)
         with pytest.raises(ValueError, match=r"GPT2LMHeadModel cannot generate.*Error: .*, 3\)"):
             begin(measuring([], ((ids, ids), Y[:2]), generate_kwargs=ENDS, **options), tiny(GPT2))
-
 def train_recorded(keras, folder, name, scope=contextlib.nullcontext, callbacks=(), **options):
     """Trains for up to five epochs; writes what metric_fn received and the losses to `folder`."""
     received, data = [], tf.data.Dataset.from_tensor_slices((X, Y))
@@ -2072,7 +2074,6 @@ def train_recorded(keras, folder, name, scope=contextlib.nullcontext, callbacks=
     options = dict(steps_per_epoch=2, epochs=5, verbose=0, callbacks=callbacks)
     losses = model.fit(data.take(16).batch(8).repeat(), **options).history["loss"]
     np.savez(folder / "received.npz", losses=losses, **received[-1]._asdict())
-
 def assert_measured_as_loaded(folder, loaded, epochs=5):
     """Asserts that metric_fn received what a model loaded from the Hub predicts, and the labels."""
     with np.load(folder / "received.npz") as received:
@@ -2080,7 +2081,6 @@ def assert_measured_as_loaded(folder, loaded, epochs=5):
         expected = loaded.predict(X, verbose=0)
         np.testing.assert_allclose(received["predictions"], expected, atol=1e-6)
         np.testing.assert_array_equal(received["labels"], Y)
-
 # Devices and workers must be there before TensorFlow makes its first tensor, as this module does.
 TWO_DEVICES = """
 import pathlib, tensorflow as tf
@@ -2236,7 +2236,6 @@ class TestLegacySwitch:  # the same module where tf.keras is tf_keras
 
 # Packaging and README ------------------------------------------------------------------------
 README, TOX = ((HERE / name).read_text("utf-8") for name in ("README.md", "tox.ini"))
-
 def run_readme_block(text, folder, **names):
     """Runs the README's block that holds a text as it stands, logged in; returns its names."""
     (block,) = (b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if text in b)
