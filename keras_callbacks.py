@@ -718,7 +718,9 @@ def _labels_of(element: Any, label_cols: list[str] | None) -> Any:
     return labels
 
 
-_has_examples: Callable[[Any], bool] = lambda batch: tf.nest.flatten(batch)[0].shape[:1] != (0,)
+_has_examples: Callable[[Any], bool] = (  # as a list, since slices of a TensorShape are slow
+    lambda batch: tf.nest.flatten(batch)[0].shape.as_list()[:1] != [0]
+)
 
 
 # Models -------------------------------------------------------------------------------------------
@@ -1003,10 +1005,13 @@ def _to_numpy(batch: Any, token: int = PADDING, is_generated: bool = False) -> A
             return parts
         return tuple(parts) if type(batch) is tuple else type(batch)(*parts)
     if isinstance(batch, tf.RaggedTensor):  # row by row would take 66 times as long
-        dense: Array = batch.to_tensor().numpy()
+        dense: Array = np.empty(0, batch.dtype.as_numpy_dtype)
+        dtype, padding = _joined_dtype([dense], token, is_padded=True)
+        if dtype == dense.dtype:  # it can hold the padding
+            return batch.to_tensor(padding).numpy()
+        dense = batch.to_tensor().numpy()
         is_given = tf.ones_like(batch, tf.bool).to_tensor().numpy()
         if not is_given.all():
-            dtype, padding = _joined_dtype([dense], token, is_padded=True)
             dense = dense.astype(dtype)
             dense[~is_given] = padding
         return dense
@@ -1151,7 +1156,7 @@ def _check_free_space(model: Any, folder: Path, has_checkpoint: bool) -> None:
 def _publish(folder: Path, output_dir: Path, known: set[str]) -> list[str]:
     """Puts all files into `output_dir`, each in the place of its predecessor; returns their names.
 
-    They stay in `folder`, as the snapshot of this save: only `os.replace` ever changes the others.
+    They stay in `folder` as well, for the upload, which no later save can change there.
     `known` are the files that it may replace without a word; those of this save are added.
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file())

@@ -68,9 +68,9 @@ class Hub:
             fault.release.set()
         self.repos, self.objects, self.faults, self.requests, self.down = {}, {}, [], [], False
 
-    def add_fault(self, stage, kind, times=1, headers=()):
-        """What happens instead of an answer to the next `times` requests of a stage."""
-        fault = types.SimpleNamespace(stage=stage, kind=kind, times=times, answer=(b"no", headers))
+    def add_fault(self, stage, kind, times=1, headers=(), of=""):
+        """What happens instead of an answer to the next requests of a stage (and a repository)."""
+        fault = types.SimpleNamespace(stage=stage, kind=kind, times=times, headers=headers, of=of)
         fault.reached, fault.release = threading.Event(), threading.Event()
         self.faults.append(fault)
         return fault
@@ -94,8 +94,8 @@ class Hub:
         stage = next((s for s, pattern in self.STAGES.items() if re.match(pattern, line)), "other")
         with self.lock:
             self.requests.append((stage, line))
-            ready = [f for f in self.faults if f.stage in (stage, "any") and f.times > 0]
-            fault = ready[0] if ready else self.no_fault
+            ready = [f for f in self.faults if f.stage in (stage, "any") and f.of in request.path]
+            fault = next((f for f in ready if f.times > 0), self.no_fault)
             fault.times -= 1
         size = int(request.headers.get("Content-Length") or 0)
         is_dropped = self.down or fault.kind == "drop"  # in the middle of what is being sent
@@ -103,7 +103,7 @@ class Hub:
         fault.reached.set()
         if fault.kind == "wait":  # answers once it is released
             fault.release.wait(120)
-        status, content, headers = fault.kind, *fault.answer
+        status, content, headers = fault.kind, b"no", fault.headers
         if not isinstance(status, int) and not is_dropped:
             with self.lock:
                 status, content, headers = (*self.route(request, body), {})[:3]
@@ -1467,11 +1467,12 @@ def raising(error):
     return fail
 def once_training_waits(action):
     """Calls the action, in a thread, when the main thread waits in on_train_end for something."""
-    def run(main=threading.main_thread().ident, names=()):
-        while names[:3] != ["wait"] * 3 or "on_train_end" not in names:  # for futures, not a start
-            threading.Event().wait(0.01)  # looks again
+    def run(main=threading.main_thread().ident, looks=0):
+        while looks < 5:  # in a row: a signal before it sleeps does not wake it
+            threading.Event().wait(0.01)
             frames = traceback.walk_stack(sys._current_frames()[main])
-            names = [frame.f_code.co_name for frame, _ in frames]
+            names = [frame.f_code.co_name for frame, _ in frames]  # of futures, not of a start
+            looks = looks + 1 if names[:3] == ["wait"] * 3 and "on_train_end" in names else 0
         action()
     threading.Thread(target=run, daemon=True).start()
 def end(push, strategy):
@@ -1761,9 +1762,10 @@ class TestInterrupts:
     def test_an_interrupted_fit_leaves_the_folder_whole_and_the_callback_usable(
             self, push, model, caplog, at_end):
         stop = at_epoch_end(lambda epoch: epoch == 1 and raising(KeyboardInterrupt)())
-        fault = hub.add_fault("lfs", "wait")
+        fault = hub.add_fault("commit", "wait", of=push.hub_model_id)  # not of an earlier test
         sent = at_epoch_end(lambda epoch: fault.reached.wait(60))
         if at_end:  # while it waits for the upload
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
             once_training_waits(lambda: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             fit_in_order(model, epochs=2, callbacks=[push, sent] + [stop] * (not at_end))
