@@ -80,7 +80,6 @@ CREATION_SECONDS = 10.0  # how long after its first failure a single request is 
 BACKGROUND_SECONDS = 60.0  # the same for a push while training goes on
 FINAL_SECONDS = 300.0  # the same for the push of the final state
 SLOWEST_LINK = 100_000  # bytes a second that the wait for the final push allows for
-FINAL_MESSAGE = "End of training"
 MISSING = (hub_utils.EntryNotFoundError, hub_utils.RepositoryNotFoundError)
 CARD = "README.md"
 CHECKPOINT = "checkpoint/state.weights.h5"
@@ -1616,10 +1615,10 @@ def _fingerprint(model: Any) -> tuple[int, ...]:
 
     It is empty, and stands for no epoch, if this process cannot read the values.
     """
-    sums = []
+    is_tensorflow, sums = _kind_of(model).backend == "tensorflow", []
     with contextlib.suppress(Exception):  # RuntimeError, or one of TensorFlow's own
         for variable in model.weights:
-            if _kind_of(model).backend == "tensorflow":  # without a copy; NumPy lacks bfloat16
+            if is_tensorflow:  # without a copy; NumPy lacks bfloat16
                 bits = memoryview(tf.bitcast(tf.convert_to_tensor(variable), tf.uint8))
                 data = np.asarray(bits).reshape(-1)
             else:
