@@ -207,8 +207,11 @@ class KerasMetricCallback(_AnyKerasCallback):
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Rehearses an epoch's end with the first batch, which the first epoch evaluates again."""
         model, spec, read = self.model, self.eval_dataset.element_spec, []
-        variables = model.variables if hasattr(_kind_of(model).keras, "ops") else []  # of Keras 3
-        seeds = [(v, np.asarray(v)) for v in variables if v.name == "seed_generator_state"]
+        kept: list[Any] = []  # seeds of Keras 3, and the states of recurrent layers
+        if model.built or hasattr(_kind_of(model).keras, "ops"):  # else there are none yet
+            kept = [each for each in model.variables if each.name == "seed_generator_state"]
+            kept += [getattr(layer, "states", None) for layer, _ in _parts_of(model).values()]
+        values = [(v, np.asarray(v)) for v in tf.nest.flatten(kept) if hasattr(v, "assign")]
         try:
             if self._settings() != self._prepared_for:
                 self._prepared_for = []  # until this has succeeded
@@ -225,7 +228,7 @@ class KerasMetricCallback(_AnyKerasCallback):
                 f"{type(error).__name__}: {error} (its elements are {spec}; inputs in a tuple go "
                 "by the order of the parameters of `call`, in a dict by name)"
             ) from error
-        for variable, value in seeds:  # training goes on as without the rehearsal
+        for variable, value in values:  # training goes on as without the rehearsal
             variable.assign(value)
         self._prepared_for = self._settings()  # which the `generate` of Whisper changes itself
         # Data of unknown size may be such that can be read only once. Others are read anew: an
@@ -267,9 +270,8 @@ class KerasMetricCallback(_AnyKerasCallback):
         """Returns predictions and labels of all elements; memory holds these and one batch."""
         predictions: list[Any] = []
         labels: list[Any] = []
-        token, generates = PADDING, self.predict_with_generate
-        if generates:
-            token = _pad_token(self.model, self.generate_kwargs)
+        generates = self.predict_with_generate
+        token = _pad_token(self.model, self.generate_kwargs) if generates else PADDING
         for element in elements:
             labels.append(_to_numpy(_labels_of(element, self.label_cols)))
             outputs = self._run(element)

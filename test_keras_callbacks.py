@@ -619,16 +619,17 @@ class TestRehearsal:  # one batch before the first epoch finds what cannot work 
     def test_training_gives_the_same_bits_as_without_it(self, keras, is_built, always_drops):
         def train(*callbacks):
             keras.utils.set_random_seed(7)
-            drop, layers = keras.layers.Dropout(0.5), [keras.layers.Input((4,))] * is_built
+            drop, inputs = keras.layers.Dropout(0.5), keras.layers.Input(batch_shape=(2, 4))
             if always_drops:  # in predictions too
                 drop.call = lambda x, training=None: type(drop).call(drop, x, training=True)
-            layers += [keras.layers.Dense(8), keras.layers.BatchNormalization(), drop]
-            model = keras.Sequential([*layers, keras.layers.Dense(3, activation="softmax")])
+            layers = [keras.layers.Reshape((2, 2)), keras.layers.LSTM(8, stateful=is_built)]
+            layers += [keras.layers.BatchNormalization(), drop, keras.layers.Dense(3, "softmax")]
+            model = keras.Sequential([inputs] * is_built + layers)
             model.compile("adam", LOSS)
-            epochs = 1 if always_drops else 2  # the evaluation at its end draws numbers as well
-            losses = fit_in_order(model, epochs=epochs, callbacks=callbacks).history["loss"]
-            return [losses, *model.get_weights()]
-        assert_equal(train(measuring([])), train())
+            epochs = 1 if always_drops else 2  # evaluation draws and leaves states as well
+            options = {"epochs": epochs, "batch_size": 2, "callbacks": callbacks}
+            return [fit_in_order(model, **options).history["loss"], *model.get_weights()]
+        assert_equal(train(measuring([], batch_size=2)), train())
 
 class TestPredictions:  # outputs equal those of Keras' own predict, or NumPy written out
     NESTED, ABC = {"a": 2.0, "b": (3.0, 4.0)}, {"a": 2.0, "b": 3.0, "c": 4.0}
