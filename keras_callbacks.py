@@ -54,7 +54,6 @@ import time
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -376,8 +375,7 @@ class PushToHubCallback(_AnyKerasCallback):
         self._api = huggingface_hub.HfApi(token=(hub_token or "").strip() or None)
         name = hub_model_id or self.output_dir.resolve().name
         opened = _open_repo(self._api, name, self.output_dir)
-        self.hub_model_id, known_files, self._card_metadata = opened
-        self._known_files = {*known_files}  # which saves replace silently
+        self.hub_model_id, self._known_files, self._card_metadata = opened
         self._url = f"{self._api.endpoint}/{self.hub_model_id}"
         self.training_history: list[Row] = []
         self.last_job: concurrent.futures.Future[Any] | None = None
@@ -719,9 +717,13 @@ def _labels_of(element: Any, label_cols: list[str] | None) -> Any:
     return labels
 
 
-_has_examples: Callable[[Any], bool] = (  # as a list, since slices of a TensorShape are slow
-    lambda batch: tf.nest.flatten(batch)[0].shape.as_list()[:1] != [0]
-)
+_has_examples: Callable[[Any], bool] = lambda batch: tf.nest.flatten(
+    batch
+)[  # as a list, since slices of a TensorShape are slow
+    0
+].shape.as_list()[
+    :1
+] != [0]
 
 
 # Models -------------------------------------------------------------------------------------------
@@ -1160,22 +1162,19 @@ def _publish(folder: Path, output_dir: Path, known: set[str]) -> list[str]:
     They stay in `folder` as well, for the upload, which no later save can change there.
     `known` are the files that it may replace without a word; those of this save are added.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    names = [path.relative_to(folder).as_posix() for path in paths]
-    if blocked := [name for name in names if (output_dir / name).is_dir()]:
-        raise IsADirectoryError(f"{blocked} in {output_dir} are folders where a save has files")
-    old = [name for name in names if (output_dir / name).exists()]
-    if unknown := [name for name in old if name not in known]:
-        logger.warning("Files of %s that this and further saves replace: %s.", output_dir, unknown)
+    names = _list_files(folder, [])
+    old = [name for name in names if name not in known and (output_dir / name).exists()]
+    if old:
+        logger.warning("Files of %s that this and further saves replace: %s.", output_dir, old)
     link, replaced = folder / PRIVATE, folder / REPLACED
     replaced.mkdir()
     for number, name in enumerate(names):
         (output_dir / name).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            if name in old:  # lives on for now: to free 256 MiB takes ext4 0.05 s
-                os.link(output_dir / name, replaced / str(number))
+        with contextlib.suppress(OSError):  # no file there yet, or a disk without links
             os.link(folder / name, link)
-        except OSError:  # a disk without links
+            # Lives on for now: to free 256 MiB takes ext4 0.05 s.
+            os.link(output_dir / name, replaced / str(number))
+        if not link.exists():
             shutil.copyfile(folder / name, link)
         os.replace(link, output_dir / name)
     known.update(names)
@@ -1397,7 +1396,7 @@ class _Upload:
         shutil.rmtree(self.folder / REPLACED, ignore_errors=True)
         reserve = 0 if self.is_final else self.size + 2**21
         ours, left_out, copied, self.names = self.names, [], self.folder / PRIVATE, []
-        for name in dict.fromkeys([*ours, *_pushable_files(self.output_dir)]):
+        for name in dict.fromkeys([*ours, *_list_files(self.output_dir, NEVER_PUSHED)]):
             source = (self.folder if name in ours else self.output_dir) / name
             try:
                 name.encode()
@@ -1442,7 +1441,7 @@ class _Upload:
             return self.commit()
 
 
-def _open_repo(api: Any, name: str, output_dir: Path) -> tuple[str, list[str], dict[str, Any]]:
+def _open_repo(api: Any, name: str, output_dir: Path) -> tuple[str, set[str], dict[str, Any]]:
     """Creates repository and folder unless they exist, and finds out whether both can be written.
 
     Returns the repository's full name, the files in the folder, and what cards of metadata alone
@@ -1460,8 +1459,8 @@ def _open_repo(api: Any, name: str, output_dir: Path) -> tuple[str, list[str], d
     for left in output_dir.glob(f"{PRIVATE}*"):  # by a run that was killed
         if left.stat().st_mtime < time.time() - 24 * 60 * 60:
             shutil.rmtree(left, ignore_errors=True)
-    files = _pushable_files(output_dir)
-    if new := [file for file in files if file not in on_hub]:
+    files = set(_list_files(output_dir, NEVER_PUSHED))
+    if new := sorted(files - on_hub):
         logger.warning(
             "Files in %s that will be pushed to %s/%s with each save, or replaced by files of a "
             "save that have their names: %d, such as %s.",
@@ -1482,15 +1481,11 @@ def _open_repo(api: Any, name: str, output_dir: Path) -> tuple[str, list[str], d
     return repo_id, files, kept
 
 
-def _pushable_files(folder: Path) -> list[str]:
-    """Returns the files in a folder that may be pushed; links to folders are not followed."""
-    found: list[str] = []
-    for parent, folders, files in os.walk(folder):
-        paths = {n: Path(parent, n).relative_to(folder).as_posix() for n in [*folders, *files]}
-        never = {n for n, p in paths.items() for x in NEVER_PUSHED if fnmatchcase(p, x)}
-        found += sorted(paths[name] for name in files if name not in never)
-        folders[:] = [name for name in folders if name not in never]
-    return found
+def _list_files(folder: Path, left_out: list[str]) -> list[str]:
+    """Returns the files in a folder but those of these patterns; links are not followed."""
+    paths = [Path(parent, name) for parent, _, files in os.walk(folder) for name in files]
+    names = sorted(path.relative_to(folder).as_posix() for path in paths)
+    return list(hub_utils.filter_repo_objects(names, ignore_patterns=left_out))
 
 
 def _attempt(
