@@ -75,7 +75,7 @@ Row = dict[str, "int | float"]  # the logs of one epoch
 PADDING = -100  # what collators pad labels with, and what losses ignore
 FIRST_WAIT = 1.0  # seconds before the second attempt; doubles with each further one
 LONGEST_WAIT = 30.0  # seconds between two attempts, unless the Hub asks for more
-CREATION_SECONDS = 10.0  # how long after its first failure a single request is attempted again
+CREATION_SECONDS = 10.0  # how long after its first failure what is no push is attempted again
 BACKGROUND_SECONDS = 60.0  # the same for a push while training goes on
 FINAL_SECONDS = 300.0  # the same for the push of the final state
 SLOWEST_LINK = 100_000  # bytes a second that the wait for the final push allows for
@@ -374,7 +374,8 @@ class PushToHubCallback(_AnyKerasCallback):
         # A token that was read from a file may end in a line break.
         self._api = huggingface_hub.HfApi(token=(hub_token or "").strip() or None)
         name = hub_model_id or self.output_dir.resolve().name
-        opened = _open_repo(self._api, name, self.output_dir)
+        action = functools.partial(_open_repo, self._api, name, self.output_dir)
+        opened = _attempt(self._api, action, CREATION_SECONDS)
         self.hub_model_id, self._known_files, self._card_metadata = opened
         self._url = f"{self._api.endpoint}/{self.hub_model_id}"
         self.training_history: list[Row] = []
@@ -451,21 +452,26 @@ class PushToHubCallback(_AnyKerasCallback):
                 self._write_save(folder, epoch, has_checkpoint)
                 names = _publish(folder, place, self._known_files) if place else []
             except Exception as error:
+                rescued = ""
+                with contextlib.suppress(Exception):
+                    _check_free_space(self.model, folder, has_checkpoint=True)
+                    _write_checkpoint(self.model, {}, folder / RESCUED)
+                    if place is not None:
+                        os.replace(folder / RESCUED, place / RESCUED)
+                        rescued = f" The weights are in {place / RESCUED}, for model.load_weights."
                 raise RuntimeError(
                     f"Could not write a save to {self.output_dir}: {type(error).__name__}: {error}."
-                    f" Every file there is still whole.{self._rescue_weights(folder, place)}"
+                    f" Every file there is still whole.{rescued}"
                 ) from error
             if is_busy or place is None:
                 return None
-            upload = _Upload(
-                *(self._api, self.hub_model_id, place, folder, names, message, is_final),
-                shows_bars=is_final and bool(self.params.get("verbose")),
-                predecessor=running,
-                size=sum((folder / name).stat().st_size for name in names),
-            )
+            size = sum((folder / name).stat().st_size for name in names)
+            given = self._api, self.hub_model_id, place, folder, names, message, is_final, size
+            upload = _Upload(*given)
             upload.future.set_running_or_notify_cancel()  # so that nobody can cancel it
             try:
-                threading.Thread(target=upload.run, daemon=True).start()
+                shows_bars = is_final and bool(self.params.get("verbose"))
+                threading.Thread(target=upload.run, args=(running, shows_bars), daemon=True).start()
                 stack.pop_all()  # from here on the upload removes the folder
                 _uploads[self.hub_model_id] = upload
             except RuntimeError as error:  # there can be no more threads
@@ -473,41 +479,26 @@ class PushToHubCallback(_AnyKerasCallback):
             self.last_job = upload.future
         return upload
 
-    def _rescue_weights(self, folder: Path, place: Path | None) -> str:
-        """Writes the weights of a model that cannot be saved; returns what to say of them."""
-        with contextlib.suppress(Exception):
-            _check_free_space(self.model, folder, has_checkpoint=True)
-            _write_checkpoint(self.model, {}, folder / RESCUED)
-            if place is not None:
-                os.replace(folder / RESCUED, place / RESCUED)
-                return f" The weights are in {place / RESCUED}, for model.load_weights."
-        return ""
-
     def _wait_for(self, upload: _Upload) -> None:
         """Waits for the final push, as long as a slow link may take, and says how it ended."""
-        future, reason = upload.future, "waiting for it was interrupted"
-        say = print if upload.shows_bars else logger.debug
+        future, say = upload.future, print if self.params.get("verbose") else logger.debug
+        say(f"Pushing the final state to {self._url}")
         try:
-            with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
-                say(f"Pushing {self.output_dir} to {self._url}")
             concurrent.futures.wait([future], FINAL_SECONDS)
             concurrent.futures.wait([future], upload.size / SLOWEST_LINK)
-            reason = "the Hub has not taken it in time"
-        finally:
+        finally:  # after Ctrl-C too
             upload.stop.set()
-            is_done = future.done()
-            error = future.exception() if is_done else None
-            if error is not None or not is_done:
+            late = TimeoutError("the wait for the Hub has ended")
+            if error := future.exception() if future.done() else late:
                 logger.error(
                     "The final state could not be pushed to %s: %s. It is complete in %s; push it "
                     "with:\nhuggingface_hub.HfApi().upload_folder(repo_id=%r, folder_path=%r, "
                     "ignore_patterns=keras_callbacks.NEVER_PUSHED)",
-                    *(self._url, _diagnose(error)[0] if error else reason, self.output_dir),
+                    *(self._url, _diagnose(error)[0], self.output_dir),
                     *(self.hub_model_id, str(self.output_dir)),
                 )
             else:
-                with contextlib.suppress(OSError, ValueError):
-                    say(f"Pushed: {future.result().commit_url}")
+                say(f"Pushed: {future.result().commit_url}")
 
     def _write_save(self, folder: Path, epoch: int | None, has_checkpoint: bool) -> None:
         """Writes all files of a save into a folder: model, tokenizer, checkpoint and card."""
@@ -531,8 +522,9 @@ class PushToHubCallback(_AnyKerasCallback):
         facts = {key: self.params.get(key) for key in ("epochs", "steps")} | self.model_card_args
         facts |= {"repo_id": self.hub_model_id, "tokenizer": tokenizer}
         try:  # a failure here does not stop the weights
-            card = _model_card(model, facts, self._card_metadata, rows, epoch)
-            if _is_replaceable(self.output_dir / CARD, self._url):
+            kept = _kept_metadata(self.output_dir / CARD)
+            if kept is not None:
+                card = _model_card(model, facts, kept | self._card_metadata, rows, epoch)
                 (folder / CARD).write_text(card, "utf-8", errors="replace")
         except Exception as error:
             logger.warning("No model card was written: %s: %s", type(error).__name__, error)
@@ -1343,8 +1335,6 @@ class _Upload:
     names: list[str]  # of these files, then of all that is pushed
     message: str
     is_final: bool
-    shows_bars: bool
-    predecessor: _Upload | None  # to the same repository; its state must not follow this one
     size: int  # bytes
     stop: threading.Event = dataclasses.field(default_factory=threading.Event)  # no more attempts
     future: concurrent.futures.Future[Any] = dataclasses.field(  # of a CommitInfo
@@ -1353,30 +1343,30 @@ class _Upload:
 
     def fail(self, error: BaseException) -> None:
         """Logs that a push failed, but for the final one, which is reported elsewhere."""
-        try:
-            if not self.is_final and not self.stop.is_set():
-                logger.warning(
-                    '"%s" was not pushed to %s/%s: %s. It is complete in %s; the next is pushed.',
-                    *(self.message, self.api.endpoint, self.repo_id, _diagnose(error)[0]),
-                    self.output_dir,
-                )
-        finally:
-            self.future.set_exception(error)
+        if not self.is_final and not self.stop.is_set():
+            logger.warning(
+                '"%s" was not pushed to %s/%s: %s. It is complete in %s; the next is pushed.',
+                *(self.message, self.api.endpoint, self.repo_id, _diagnose(error)[0]),
+                self.output_dir,
+            )
+        self.future.set_exception(error)
 
-    def run(self) -> None:
-        """Completes the snapshot and attempts the commit until it is made, refused or given up."""
-        is_decided = huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS is not None
+    def run(self, predecessor: _Upload | None, shows_bars: bool) -> None:
+        """Completes the snapshot and attempts the commit until it is made, refused or given up.
+
+        The state of the predecessor, to the same repository, must not follow this one.
+        """
         hides_bars = False
         try:
             self.take_snapshot()
-            if self.predecessor is not None:
-                self.predecessor.stop.set()
-                seconds = BACKGROUND_SECONDS + self.predecessor.size / SLOWEST_LINK
-                concurrent.futures.wait([self.predecessor.future], seconds)
-                self.predecessor = None
-            are_hidden = is_decided or hub_utils.are_progress_bars_disabled()
-            if hides_bars := not (self.shows_bars or are_hidden):
-                hub_utils.disable_progress_bars()  # they would be drawn into Keras' own
+            if predecessor is not None:
+                predecessor.stop.set()
+                seconds = BACKGROUND_SECONDS + predecessor.size / SLOWEST_LINK
+                concurrent.futures.wait([predecessor.future], seconds)
+            is_decided = huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS is not None
+            hides_bars = not (shows_bars or is_decided or hub_utils.are_progress_bars_disabled())
+            if hides_bars:  # they would be drawn into Keras' own
+                hub_utils.disable_progress_bars()
             seconds = FINAL_SECONDS if self.is_final else BACKGROUND_SECONDS
             result = _attempt(self.api, self.commit, seconds, self.stop)
             end = functools.partial(self.future.set_result, result)
@@ -1426,7 +1416,8 @@ class _Upload:
         if CARD in self.names and CARD in {file.rfilename for file in head.siblings or []}:
             options = {"revision": head.sha, "local_dir": self.folder / PRIVATE}
             theirs = Path(self.api.hf_hub_download(self.repo_id, CARD, **options))
-            if not _is_replaceable(theirs, f"{self.api.endpoint}/{self.repo_id}"):
+            if _kept_metadata(theirs) is None:
+                _warn_once("%s has a model card by a human: it stays as it is.", self.repo_id)
                 self.names.remove(CARD)
         options = {"commit_message": self.message, "parent_commit": head.sha}
         add = huggingface_hub.CommitOperationAdd
@@ -1444,18 +1435,19 @@ class _Upload:
 def _open_repo(api: Any, name: str, output_dir: Path) -> tuple[str, set[str], dict[str, Any]]:
     """Creates repository and folder unless they exist, and finds out whether both can be written.
 
-    Returns the repository's full name, the files in the folder, and what cards of metadata alone
-    say: on the Hub, where the website makes one of the licence, and in the folder.
+    Returns the repository's full name, the files in the folder, and the metadata to keep of a card
+    on the Hub.
     """
-    repo = _attempt(api, lambda: api.create_repo(name, exist_ok=True), CREATION_SECONDS)
-    repo_id = str(repo.repo_id)
     # create_repo accepts a repository that exists, whoever owns it. The request before an upload
     # checks the right to write, and leaves no commit.
-    probe = [huggingface_hub.CommitOperationAdd(CARD, b"-")]
-    _attempt(api, lambda: api.preupload_lfs_files(repo_id, probe), CREATION_SECONDS)
-    head = _attempt(api, lambda: api.model_info(repo_id), CREATION_SECONDS)
-    on_hub = {file.rfilename for file in head.siblings or []}
+    repo_id = str(api.create_repo(name, exist_ok=True).repo_id)
+    api.preupload_lfs_files(repo_id, [huggingface_hub.CommitOperationAdd(CARD, b"-")])
+    on_hub = {file.rfilename for file in api.model_info(repo_id).siblings or []}
     output_dir.mkdir(parents=True, exist_ok=True)
+    kept = None
+    with tempfile.TemporaryDirectory(prefix=PRIVATE, dir=output_dir) as folder:
+        if CARD in on_hub:
+            kept = _kept_metadata(Path(api.hf_hub_download(repo_id, CARD, local_dir=folder)))
     for left in output_dir.glob(f"{PRIVATE}*"):  # by a run that was killed
         if left.stat().st_mtime < time.time() - 24 * 60 * 60:
             shutil.rmtree(left, ignore_errors=True)
@@ -1466,19 +1458,7 @@ def _open_repo(api: Any, name: str, output_dir: Path) -> tuple[str, set[str], di
             "save that have their names: %d, such as %s.",
             *(output_dir, api.endpoint, repo_id, len(new), ", ".join(new[:5])),
         )
-    cards: list[Path] = [output_dir / CARD]
-    kept: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix=PRIVATE, dir=output_dir) as folder:
-        if CARD in on_hub:
-            download = functools.partial(api.hf_hub_download, repo_id, CARD, local_dir=folder)
-            cards.append(Path(_attempt(api, download, CREATION_SECONDS)))
-        for card in filter(Path.is_file, cards):
-            with contextlib.suppress(Exception):  # YAML that somebody has broken
-                found = huggingface_hub.metadata_load(card) or {}
-                is_bare = not METADATA.sub("", card.read_text("utf-8", errors="replace")).strip()
-                names = found if is_bare else found.get(KEPT, ())  # which a card of ours lists
-                kept |= {name: found[name] for name in names if name in found}
-    return repo_id, files, kept
+    return repo_id, files, kept or {}
 
 
 def _list_files(folder: Path, left_out: list[str]) -> list[str]:
@@ -1494,7 +1474,7 @@ def _attempt(
     """Returns what `action` returns; attempted again for `seconds` from its first failure on.
 
     Waits double up to LONGEST_WAIT, and the last attempt is made at the limit. What the Hub asks
-    for takes precedence. There is no further attempt once `stop` is set.
+    for takes precedence. `stop` ends the waits.
     """
     stop, deadline, wait = stop or threading.Event(), math.inf, FIRST_WAIT
     while True:
@@ -1504,43 +1484,38 @@ def _attempt(
             text, asked, is_network = _diagnose(error)
             deadline = min(deadline, _clock.now() + seconds)
             left = deadline - _clock.now()
-            if asked is not None and left > 0 and asked <= left and not stop.is_set():
-                pause = asked or min(wait * random.uniform(1, 1.5), LONGEST_WAIT)
-                _clock.wait(stop, min(pause, left))
-                wait *= 2
-                if not stop.is_set():
-                    continue
-            if not is_network:
+            if asked >= left or stop.is_set():
+                if is_network:
+                    raise ConnectionError(f"{api.endpoint} could not be reached: {text}") from error
                 raise
-            raise ConnectionError(f"{api.endpoint} could not be reached: {text}") from error
+        _clock.wait(stop, min(asked or min(wait * random.uniform(1, 1.5), LONGEST_WAIT), left))
+        wait *= 2
 
 
-def _diagnose(error: BaseException) -> tuple[str, float | None, bool]:
+def _diagnose(error: BaseException) -> tuple[str, float, bool]:
     """Returns an error and its root cause in one line, the wait for another attempt, and whether
     the connection failed.
 
     The wait is what the Hub asks for in seconds (`Retry-After` of RFC 9110, section 10.2.3, or `t`
-    of the header RateLimit), 0 if it does not ask, and None where no further attempt can help.
+    of the header RateLimit), 0 if it does not ask, and infinite where no attempt can help.
     """
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
-    texts = [f"{type(each).__name__}: {each}" for each in [chain[0], *chain[1:][-1:]]]
-    text = " ".join(" because of ".join(texts).split())
-    responses = (getattr(each, "response", None) for each in chain)  # of an LFS upload in a cause
-    response = next((each for each in responses if each is not None), None)
-    if response is not None:
-        if response.status_code not in TRANSIENT and response.status_code < 500:
-            return text, None, False
-        asked = response.headers.get("Retry-After", "").strip()
-        if response.status_code == 429 and not asked.isdigit():
-            asked = "".join(re.findall(r"\bt=(\d+)", response.headers.get("RateLimit", ""))[:1])
-        return text, float(asked) if asked.isdigit() else 0.0, False
+    chain: list[Any] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) not in (None, *chain):
+        chain.append(cause)
+    ends = dict.fromkeys([chain[0], chain[-1]])  # which may be one
+    text = " because of ".join(f"{type(each).__name__}: {each}" for each in ends)
+    text = " ".join(text.split())
+    responses = [each.response for each in chain if getattr(each, "response", None) is not None]
+    if responses:  # of an LFS upload it is in a cause
+        status, headers = responses[0].status_code, responses[0].headers
+        if status not in TRANSIENT and status < 500:
+            return text, math.inf, False
+        quota = headers.get("RateLimit", "") if status == 429 else ""
+        asked = re.search(r"\bt=(\d+)", f"t={headers.get('Retry-After', '')};{quota}")
+        return text, float(asked[1]) if asked else 0.0, False
     names = {cls.__name__ for each in chain for cls in type(each).__mro__}
     is_network = bool(names & NETWORK_ERRORS) and "OfflineModeIsEnabled" not in names
-    return text, 0.0 if is_network else None, is_network
+    return text, 0.0 if is_network else math.inf, is_network
 
 
 # Model card ---------------------------------------------------------------------------------------
@@ -1593,18 +1568,22 @@ Intended uses, limitations and data: more information needed.
 """
 METADATA = re.compile(r"\A\s*---\n.*?^---[ \t]*(\n|\Z)", re.DOTALL | re.MULTILINE)
 KEPT = "kept_metadata"  # lists the metadata that a card had before it was ours
-_humans: set[str] = set()  # the repositories whose cards were said to be a human's
+_warn_once = functools.cache(logger.warning)
 
 
-def _is_replaceable(existing: Path, url: str) -> bool:
-    """Returns whether our card may take the place of one that may exist: not of a human's text."""
-    text = existing.read_text("utf-8", errors="replace") if existing.exists() else ""
-    if not METADATA.sub("", text).strip() or any(mark in text for mark in CARD_MARKS):
-        return True
-    if url not in _humans:
-        logger.warning("%s has a model card by a human: it stays as it is.", url)
-        _humans.add(url)
-    return False
+def _kept_metadata(card: Path) -> dict[str, Any] | None:
+    """Returns what ours is to keep of a card that may exist; None for a human's, which stays.
+
+    Of metadata alone, such as the website makes of a licence, all is kept, and for good.
+    """
+    text = card.read_text("utf-8", errors="replace") if card.exists() else ""
+    is_bare = not METADATA.sub("", text).strip()
+    if not is_bare and not any(mark in text for mark in CARD_MARKS):
+        return None
+    with contextlib.suppress(Exception):  # there is none, or YAML that somebody has broken
+        found = huggingface_hub.metadata_load(card) or {}
+        return {name: found[name] for name in (found if is_bare else found[KEPT]) if name in found}
+    return {}
 
 
 def _fingerprint(model: Any) -> tuple[int, ...]:
