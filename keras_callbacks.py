@@ -58,7 +58,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import h5py
-import huggingface_hub.constants
 import huggingface_hub.utils
 import numpy as np
 import tensorflow as tf
@@ -85,7 +84,6 @@ CHECKPOINT = "checkpoint/state.weights.h5"
 STATE = "keras_callbacks/state"  # what we add to a checkpoint, beside variables
 RESCUED = "rescued.weights.h5"  # of a model that could not be saved
 PRIVATE = ".keras_callbacks-"  # how the hidden folders begin in which saves are written and copied
-REPLACED = f"{PRIVATE}replaced"  # in these, the files whose place a save has taken
 NEVER_PUSHED = [  # hidden files and files that may hold a secret, at any depth of output_dir
     before + re.sub("[a-z]", lambda letter: f"[{letter[0]}{letter[0].upper()}]", name) + after
     for name in f"""
@@ -440,34 +438,34 @@ class PushToHubCallback(_AnyKerasCallback):
         Every process of a distributed training writes, since saving and reading metrics can be
         collective; the chief alone publishes and pushes. `epoch` ended with these weights.
         """
-        place = self.output_dir if _kind_of(self.model).is_chief else None  # None: temporary files
         running = _uploads.get(self.hub_model_id)
         is_busy = running is not None and not running.future.done() and not is_final
-        if place is not None:
-            place.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
+        self.output_dir.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
         with contextlib.ExitStack() as stack:
-            folder = Path(tempfile.mkdtemp(prefix=PRIVATE, dir=place))
+            folder = Path(tempfile.mkdtemp(prefix=PRIVATE, dir=self.output_dir))
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
             try:
                 self._write_save(folder, epoch, has_checkpoint)
-                names = _publish(folder, place, self._known_files) if place else []
+                if not _kind_of(self.model).is_chief:
+                    return None
+                names = _publish(folder, self.output_dir, self._known_files)
             except Exception as error:
                 rescued = ""
                 with contextlib.suppress(Exception):
                     _check_free_space(self.model, folder, has_checkpoint=True)
                     _write_checkpoint(self.model, {}, folder / RESCUED)
-                    if place is not None:
-                        os.replace(folder / RESCUED, place / RESCUED)
-                        rescued = f" The weights are in {place / RESCUED}, for model.load_weights."
+                    os.replace(folder / RESCUED, file := self.output_dir / RESCUED)
+                    rescued = f" The weights are in {file}, for model.load_weights."
                 raise RuntimeError(
                     f"Could not write a save to {self.output_dir}: {type(error).__name__}: {error}."
                     f" Every file there is still whole.{rescued}"
                 ) from error
-            if is_busy or place is None:
+            if is_busy:
                 return None
-            size = sum((folder / name).stat().st_size for name in names)
-            given = self._api, self.hub_model_id, place, folder, names, message, is_final, size
-            upload = _Upload(*given)
+            upload = _Upload(
+                *(self._api, self.hub_model_id, self.output_dir, folder, names, message, is_final),
+                size=sum((folder / name).stat().st_size for name in names),
+            )
             upload.future.set_running_or_notify_cancel()  # so that nobody can cancel it
             try:
                 shows_bars = is_final and bool(self.params.get("verbose"))
@@ -1158,14 +1156,13 @@ def _publish(folder: Path, output_dir: Path, known: set[str]) -> list[str]:
     old = [name for name in names if name not in known and (output_dir / name).exists()]
     if old:
         logger.warning("Files of %s that this and further saves replace: %s.", output_dir, old)
-    link, replaced = folder / PRIVATE, folder / REPLACED
-    replaced.mkdir()
+    link = folder / PRIVATE
     for number, name in enumerate(names):
         (output_dir / name).parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(OSError):  # no file there yet, or a disk without links
             os.link(folder / name, link)
             # Lives on for now: to free 256 MiB takes ext4 0.05 s.
-            os.link(output_dir / name, replaced / str(number))
+            os.link(output_dir / name, f"{link}{number}")
         if not link.exists():
             shutil.copyfile(folder / name, link)
         os.replace(link, output_dir / name)
@@ -1356,26 +1353,22 @@ class _Upload:
 
         The state of the predecessor, to the same repository, must not follow this one.
         """
-        hides_bars = False
         try:
-            self.take_snapshot()
-            if predecessor is not None:
-                predecessor.stop.set()
-                seconds = BACKGROUND_SECONDS + predecessor.size / SLOWEST_LINK
-                concurrent.futures.wait([predecessor.future], seconds)
-            is_decided = huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS is not None
-            hides_bars = not (shows_bars or is_decided or hub_utils.are_progress_bars_disabled())
-            if hides_bars:  # they would be drawn into Keras' own
-                hub_utils.disable_progress_bars()
-            seconds = FINAL_SECONDS if self.is_final else BACKGROUND_SECONDS
-            result = _attempt(self.api, self.commit, seconds, self.stop)
-            end = functools.partial(self.future.set_result, result)
+            with contextlib.ExitStack() as stack:
+                stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
+                self.take_snapshot()
+                if predecessor is not None:
+                    predecessor.stop.set()
+                    concurrent.futures.wait([predecessor.future], BACKGROUND_SECONDS)
+                is_settled = shows_bars or "HF_HUB_DISABLE_PROGRESS_BARS" in os.environ
+                if not (is_settled or hub_utils.are_progress_bars_disabled()):
+                    hub_utils.disable_progress_bars()  # they would be drawn into Keras' own
+                    stack.callback(hub_utils.enable_progress_bars)
+                seconds = FINAL_SECONDS if self.is_final else BACKGROUND_SECONDS
+                result = _attempt(self.api, self.commit, seconds, self.stop)
+            self.future.set_result(result)
         except BaseException as error:
-            end = functools.partial(self.fail, error)
-        if hides_bars:
-            hub_utils.enable_progress_bars()
-        shutil.rmtree(self.folder, ignore_errors=True)
-        end()
+            self.fail(error)
 
     def take_snapshot(self) -> None:
         """Copies the files of the save, which are links until now, and the user's.
@@ -1383,7 +1376,8 @@ class _Upload:
         The space for the next save is left free. Somebody may be writing or removing the user's:
         they are left out where they cannot be copied, or have names that are not UTF-8.
         """
-        shutil.rmtree(self.folder / REPLACED, ignore_errors=True)
+        for replaced in self.folder.glob(f"{PRIVATE}*"):
+            replaced.unlink(missing_ok=True)
         reserve = 0 if self.is_final else self.size + 2**21
         ours, left_out, copied, self.names = self.names, [], self.folder / PRIVATE, []
         for name in dict.fromkeys([*ours, *_list_files(self.output_dir, NEVER_PUSHED)]):
@@ -1444,10 +1438,10 @@ def _open_repo(api: Any, name: str, output_dir: Path) -> tuple[str, set[str], di
     api.preupload_lfs_files(repo_id, [huggingface_hub.CommitOperationAdd(CARD, b"-")])
     on_hub = {file.rfilename for file in api.model_info(repo_id).siblings or []}
     output_dir.mkdir(parents=True, exist_ok=True)
-    kept = None
     with tempfile.TemporaryDirectory(prefix=PRIVATE, dir=output_dir) as folder:
         if CARD in on_hub:
-            kept = _kept_metadata(Path(api.hf_hub_download(repo_id, CARD, local_dir=folder)))
+            api.hf_hub_download(repo_id, CARD, local_dir=folder)
+        kept = _kept_metadata(Path(folder, CARD)) or {}
     for left in output_dir.glob(f"{PRIVATE}*"):  # by a run that was killed
         if left.stat().st_mtime < time.time() - 24 * 60 * 60:
             shutil.rmtree(left, ignore_errors=True)
@@ -1458,7 +1452,7 @@ def _open_repo(api: Any, name: str, output_dir: Path) -> tuple[str, set[str], di
             "save that have their names: %d, such as %s.",
             *(output_dir, api.endpoint, repo_id, len(new), ", ".join(new[:5])),
         )
-    return repo_id, files, kept or {}
+    return repo_id, files, kept
 
 
 def _list_files(folder: Path, left_out: list[str]) -> list[str]:
