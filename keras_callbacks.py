@@ -438,8 +438,6 @@ class PushToHubCallback(_AnyKerasCallback):
         Every process of a distributed training writes, since saving and reading metrics can be
         collective; the chief alone publishes and pushes. `epoch` ended with these weights.
         """
-        running = _uploads.get(self.hub_model_id)
-        is_busy = running is not None and not running.future.done() and not is_final
         self.output_dir.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
         with contextlib.ExitStack() as stack:
             folder = Path(tempfile.mkdtemp(prefix=PRIVATE, dir=self.output_dir))
@@ -460,7 +458,8 @@ class PushToHubCallback(_AnyKerasCallback):
                     f"Could not write a save to {self.output_dir}: {type(error).__name__}: {error}."
                     f" Every file there is still whole.{rescued}"
                 ) from error
-            if is_busy:
+            running = _uploads.get(self.hub_model_id)
+            if running is not None and not running.future.done() and not is_final:
                 return None
             upload = _Upload(
                 *(self._api, self.hub_model_id, self.output_dir, folder, names, message, is_final),
@@ -486,8 +485,7 @@ class PushToHubCallback(_AnyKerasCallback):
             concurrent.futures.wait([future], upload.size / SLOWEST_LINK)
         finally:  # after Ctrl-C too
             upload.stop.set()
-            late = TimeoutError("the wait for the Hub has ended")
-            if error := future.exception() if future.done() else late:
+            if error := future.exception() if future.done() else TimeoutError("the wait has ended"):
                 logger.error(
                     "The final state could not be pushed to %s: %s. It is complete in %s; push it "
                     "with:\nhuggingface_hub.HfApi().upload_folder(repo_id=%r, folder_path=%r, "
@@ -1334,9 +1332,7 @@ class _Upload:
     is_final: bool
     size: int  # bytes
     stop: threading.Event = dataclasses.field(default_factory=threading.Event)  # no more attempts
-    future: concurrent.futures.Future[Any] = dataclasses.field(  # of a CommitInfo
-        default_factory=concurrent.futures.Future
-    )
+    future: Any = dataclasses.field(default_factory=concurrent.futures.Future)  # of a CommitInfo
 
     def fail(self, error: BaseException) -> None:
         """Logs that a push failed, but for the final one, which is reported elsewhere."""
@@ -1408,9 +1404,8 @@ class _Upload:
         if self.stop.is_set():
             raise InterruptedError("a newer state is pushed, or the wait for it has ended")
         if CARD in self.names and CARD in {file.rfilename for file in head.siblings or []}:
-            options = {"revision": head.sha, "local_dir": self.folder / PRIVATE}
-            theirs = Path(self.api.hf_hub_download(self.repo_id, CARD, **options))
-            if _kept_metadata(theirs) is None:
+            theirs = self.api.hf_hub_download(self.repo_id, CARD, local_dir=self.folder / PRIVATE)
+            if _kept_metadata(Path(theirs)) is None:
                 _warn_once("%s has a model card by a human: it stays as it is.", self.repo_id)
                 self.names.remove(CARD)
         options = {"commit_message": self.message, "parent_commit": head.sha}
@@ -1496,16 +1491,15 @@ def _diagnose(error: BaseException) -> tuple[str, float, bool]:
     chain: list[Any] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) not in (None, *chain):
         chain.append(cause)
-    ends = dict.fromkeys([chain[0], chain[-1]])  # which may be one
-    text = " because of ".join(f"{type(each).__name__}: {each}" for each in ends)
-    text = " ".join(text.split())
+    texts = dict.fromkeys(f"{type(each).__name__}: {each}" for each in (error, chain[-1]))
+    text = " ".join(" because of ".join(texts).split())
     responses = [each.response for each in chain if getattr(each, "response", None) is not None]
     if responses:  # of an LFS upload it is in a cause
         status, headers = responses[0].status_code, responses[0].headers
         if status not in TRANSIENT and status < 500:
             return text, math.inf, False
-        quota = headers.get("RateLimit", "") if status == 429 else ""
-        asked = re.search(r"\bt=(\d+)", f"t={headers.get('Retry-After', '')};{quota}")
+        limits = f"r=0;t={headers.get('Retry-After')} {headers.get('RateLimit')}"
+        asked = re.search(r"r=0;t=(\d+)", limits)  # nothing remains for so long
         return text, float(asked[1]) if asked else 0.0, False
     names = {cls.__name__ for each in chain for cls in type(each).__mro__}
     is_network = bool(names & NETWORK_ERRORS) and "OfflineModeIsEnabled" not in names
