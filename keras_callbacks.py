@@ -74,7 +74,7 @@ Row = dict[str, "int | float"]  # the logs of one epoch
 PADDING = -100  # what collators pad labels with, and what losses ignore
 FIRST_WAIT = 1.0  # seconds before the second attempt; doubles with each further one
 LONGEST_WAIT = 30.0  # seconds between two attempts, unless the Hub asks for more
-CREATION_SECONDS = 10.0  # how long after its first failure what is no push is attempted again
+CREATION_SECONDS = 10.0  # how long after its first failure all that is no push is attempted
 BACKGROUND_SECONDS = 60.0  # the same for a push while training goes on
 FINAL_SECONDS = 300.0  # the same for the push of the final state
 SLOWEST_LINK = 100_000  # bytes a second that the wait for the final push allows for
@@ -370,12 +370,11 @@ class PushToHubCallback(_AnyKerasCallback):
         self.tokenizer, self.checkpoint = tokenizer, checkpoint
         self.model_card_args = model_card_args
         # A token that was read from a file may end in a line break.
-        self._api = huggingface_hub.HfApi(token=(hub_token or "").strip() or None)
+        api = self._api = huggingface_hub.HfApi(token=(hub_token or "").strip() or None)
         name = hub_model_id or self.output_dir.resolve().name
-        action = functools.partial(_open_repo, self._api, name, self.output_dir)
-        opened = _attempt(self._api, action, CREATION_SECONDS)
+        opened = _attempt(api, lambda: _open_repo(api, name, self.output_dir), CREATION_SECONDS)
         self.hub_model_id, self._known_files, self._card_metadata = opened
-        self._url = f"{self._api.endpoint}/{self.hub_model_id}"
+        self._url = f"{api.endpoint}/{self.hub_model_id}"
         self.training_history: list[Row] = []
         self.last_job: concurrent.futures.Future[Any] | None = None
         self._epochs: dict[Any, int] = {}  # the first one that ended with weights, by their bits
@@ -1151,15 +1150,14 @@ def _publish(folder: Path, output_dir: Path, known: set[str]) -> list[str]:
     `known` are the files that it may replace without a word; those of this save are added.
     """
     names = _list_files(folder, [])
-    old = [name for name in names if name not in known and (output_dir / name).exists()]
-    if old:
+    if old := [name for name in names if name not in known and (output_dir / name).exists()]:
         logger.warning("Files of %s that this and further saves replace: %s.", output_dir, old)
     link = folder / PRIVATE
     for number, name in enumerate(names):
         (output_dir / name).parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(OSError):  # no file there yet, or a disk without links
             os.link(folder / name, link)
-            # Lives on for now: to free 256 MiB takes ext4 0.05 s.
+            # The old one lives on for the upload to remove: to free 256 MiB takes ext4 0.05 s.
             os.link(output_dir / name, f"{link}{number}")
         if not link.exists():
             shutil.copyfile(folder / name, link)
