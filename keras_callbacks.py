@@ -704,13 +704,9 @@ def _labels_of(element: Any, label_cols: list[str] | None) -> Any:
     return labels
 
 
-_has_examples: Callable[[Any], bool] = lambda batch: tf.nest.flatten(
-    batch
-)[  # as a list, since slices of a TensorShape are slow
-    0
-].shape.as_list()[
-    :1
-] != [0]
+_has_examples: Callable[[Any], bool] = (  # as a list, since slices of a TensorShape are slow
+    lambda batch: tf.nest.flatten(batch)[0].shape.as_list()[:1] != [0]
+)
 
 
 # Models -------------------------------------------------------------------------------------------
@@ -1436,8 +1432,9 @@ def _open_repo(api: Any, name: str, output_dir: Path) -> tuple[str, set[str], di
             api.hf_hub_download(repo_id, CARD, local_dir=folder)
         kept = _kept_metadata(Path(folder, CARD)) or {}
     for left in output_dir.glob(f"{PRIVATE}*"):  # by a run that was killed
-        if left.stat().st_mtime < time.time() - 24 * 60 * 60:
-            shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another worker's, which has removed it
+            if left.stat().st_mtime < time.time() - 24 * 60 * 60:
+                shutil.rmtree(left, ignore_errors=True)
     files = set(_list_files(output_dir, NEVER_PUSHED))
     if new := sorted(files - on_hub):
         logger.warning(
