@@ -34,6 +34,7 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
+import difflib
 import enum
 import errno
 import functools
@@ -81,7 +82,7 @@ SLOWEST_LINK = 100_000  # bytes a second that the wait for the final push allows
 MISSING = (hub_utils.EntryNotFoundError, hub_utils.RepositoryNotFoundError)
 CARD = "README.md"
 CHECKPOINT = "checkpoint/state.weights.h5"
-STATE = "keras_callbacks/state"  # what we add to a checkpoint, beside variables
+STATE, LEFT_OUT = "keras_callbacks/state", "keras_callbacks/variables"  # what we add to that
 RESCUED = "rescued.weights.h5"  # of a model that could not be saved
 PRIVATE = ".keras_callbacks-"  # how the hidden folders begin in which saves are written and copied
 NEVER_PUSHED = [  # hidden files and files that may hold a secret, at any depth of output_dir
@@ -541,8 +542,8 @@ def load_repo_checkpoint(
 
     Args:
         model: The Keras model to restore.
-        repo_path_or_name: A folder, such as `output_dir`, or "owner/name" of a repository on the
-            Hub, whose newest revision is taken.
+        repo_path_or_name: A folder with a checkpoint, such as `output_dir`, or "owner/name" of a
+            repository on the Hub, whose newest revision is taken.
         token: The token to read the repository with. Defaults to the stored one.
 
     Returns:
@@ -555,44 +556,41 @@ def load_repo_checkpoint(
         huggingface_hub.utils.HfHubHTTPError: The Hub refuses.
         ConnectionError: The Hub cannot be reached.
     """
-    folder = Path(repo_path_or_name).expanduser()
-    file = folder / CHECKPOINT
-    if not folder.is_dir():
-        name, token = str(repo_path_or_name), (token or "").strip() or None
-        api = huggingface_hub.HfApi(token=token)
+    file, name = Path(repo_path_or_name).expanduser() / CHECKPOINT, str(repo_path_or_name)
+    if not file.is_file():
+        api = huggingface_hub.HfApi(token=(token or "").strip() or None)
         try:
-            hub_utils.validate_repo_id(name)
             newest = _attempt(api, lambda: api.model_info(name).sha, CREATION_SECONDS)
             download = functools.partial(api.hf_hub_download, name, CHECKPOINT, revision=newest)
             file = Path(_attempt(api, download, CREATION_SECONDS))
-        except hub_utils.LocalEntryNotFoundError:  # a download that failed
-            raise
         except (hub_utils.HFValidationError, *MISSING) as error:
             raise FileNotFoundError(
-                f"{name} is neither a folder nor a repository with a {CHECKPOINT}: {error}"
+                f"Found no {CHECKPOINT}, which an epoch with checkpoint=True writes, in a folder "
+                f"or repository {name}: {error}"
             ) from error
-    if not file.is_file():
-        raise FileNotFoundError(f"Expected {file}, which an epoch with checkpoint=True writes.")
     there, rows = _read_checkpoint(file)
+    here = _variables_of(model)
     optimizer: Any = getattr(model, "optimizer", None)
-    differences = _differences(there, _describe(model))
-    place = next((name for name, (part, _) in _parts_of(model).items() if part is optimizer), None)
-    if [*differences] == [place] and hasattr(optimizer, "build"):  # it may have no state yet
-        with _kind_of(model).strategy.scope():
+    others = [[text for text in x if not text.startswith("optimizer ")] for x in (there, here)]
+    if there != [*here] and others[0] == others[1] and hasattr(optimizer, "build"):
+        with _kind_of(model).strategy.scope():  # it may have no state yet
             optimizer.build(model.trainable_variables)
-        differences = _differences(there, _describe(model))
-    if differences:
+        here = _variables_of(model)
+    changes = [*difflib.unified_diff(there, [*here], n=0, lineterm="")]
+    if changes:
+        lost, new = ([line for line in changes if line[0] == sign][1:4] for sign in "-+")
         raise ValueError(
-            f"The checkpoint does not fit the model; {len(differences)} differences, such as "
-            f"{', '.join([*differences.values()][:3])}. Build, freeze and compile the model as it "
-            "was when it was saved, its parts in the same order. Optimizers other than "
-            "model.optimizer, and those without `build`, are built by one training step: then load."
+            f"The checkpoint does not fit the model: {lost} there, {new} here. Build, freeze and "
+            "compile the model as it was when it was saved, its parts in the same order. "
+            "Optimizers other than model.optimizer, and those without `build`, are built by one "
+            "training step: then load."
         )
-    model.built = model.built or bool(model.variables)  # a GAN: Keras 3.15 asks for a call of it
+    model.built = True  # a GAN: Keras 3.15 asks for a call of it
     model.load_weights(str(file))
     with h5py.File(file) as opened:
-        for name, variable in _unsaved_variables(model).items():
-            variable.assign(opened[f"keras_callbacks/variables/{name}"][()])
+        for number, (variable, is_left_out) in enumerate(here.values()):
+            if is_left_out:
+                variable.assign(opened[f"{LEFT_OUT}/{number}"][()])
     # What is traced may hold constants of layers, as Normalization does.
     model.train_function = model.test_function = model.predict_function = None
     _history[model] = rows
@@ -1127,14 +1125,12 @@ def _count_updates(model: Any) -> int:
 
 def _check_free_space(model: Any, folder: Path, has_checkpoint: bool) -> None:
     """Raises an OSError where the variables cannot fit: HDF5 ends the process on a full disk."""
-    parts = _parts_of(model).values()
-    states = [x for part, own in parts if hasattr(part, "apply_gradients") for x in own]
     writes_states = _kind_of(model).library in ("keras", "tf-keras")  # with the model
     size = 2**20  # bytes, for all that is no variable
-    written = model.variables * (1 + has_checkpoint) + states * (writes_states + has_checkpoint)
-    for variable in written:
+    for number, (variable, _) in enumerate(_variables_of(model).values()):
+        copies = has_checkpoint + (writes_states or number < len(model.variables))
         with contextlib.suppress(AttributeError, TypeError, ValueError):  # it has no single shape
-            size += math.prod(variable.shape) * tf.as_dtype(variable.dtype).size
+            size += copies * math.prod(variable.shape) * tf.as_dtype(variable.dtype).size
     if (free := shutil.disk_usage(folder).free) < size:
         raise OSError(errno.ENOSPC, f"No space left on the disk: {size} bytes needed, {free} free")
 
@@ -1162,141 +1158,92 @@ def _publish(folder: Path, output_dir: Path, known: set[str]) -> list[str]:
     return names
 
 
-def _parts_of(model: Any) -> dict[str, tuple[Any, list[Any]]]:
-    """Returns by place the layers and optimizers that a model holds, each with its variables.
+def _variables_of(model: Any) -> dict[str, tuple[Any, bool]]:
+    """Returns by description the variables of a model, then those of all optimizers it holds.
 
-    They may stand in attributes, lists, tuples and dicts.
+    Optimizers may stand in attributes, lists, tuples and dicts of layers. With each variable comes
+    whether Keras' `save_weights` fails to give it back: those of optimizers without `build` (the
+    legacy ones of tf_keras, and AdamWeightDecay of transformers), in tf_keras 2.21 learning rates
+    and optimizers in lists in dicts, and in Keras 3.15 what is no weight, as the states of random
+    generators, and layers with LoRA, whose matrices are merged into the kernel.
     """
-    keras = _kind_of(model).keras
-    found: dict[str, tuple[Any, list[Any]]] = {}
-    seen: set[int] = set()
-    places: list[tuple[str, Any]] = [("model", model)]
-    for place, value in places:  # which grows meanwhile
-        is_layer = isinstance(value, keras.layers.Layer)
-        is_part = is_layer or hasattr(value, "apply_gradients")
-        # Metrics, which are layers in tf_keras, begin anew in each epoch.
-        if id(value) in seen or isinstance(value, keras.metrics.Metric):
+    keras, optimizer = _kind_of(model).keras, getattr(model, "optimizer", None)
+    kept, trained = ({id(x) for x in own} for own in (model.weights, model.trainable_variables))
+    states: dict[str, tuple[Any, bool]] = {}  # of optimizers
+    seen: dict[int, str] = {}  # places by id
+    places: list[tuple[str, str, Any]] = [("model", "", model), ("optimizer", "", optimizer)]
+    for place, layer, value in places:  # which grows meanwhile
+        if id(value) in seen:
             continue
-        if is_part or isinstance(value, (Mapping, list, tuple)):
-            seen.add(id(value))
-            if is_part:
-                own = value.weights if is_layer else value.variables
-                found[place] = value, list(own() if callable(own) else own)  # of legacy optimizers
-            inside = vars(value) if is_layer else {} if is_part else value
-            inside = inside if isinstance(inside, Mapping) else dict(enumerate(inside))
-            data = (str, int, float)  # of which lists may be long
-            inside = {name: part for name, part in inside.items() if not isinstance(part, data)}
-            places += [(f"{place}.{name}", part) for name, part in inside.items()]
-    # Layers in their order, which may have been made before or after an optimizer.
-    return dict(sorted(found.items(), key=lambda item: hasattr(item[1][0], "apply_gradients")))
-
-
-def _unsaved_variables(model: Any) -> dict[str, Any]:
-    """Returns by name the variables of a training that Keras' `save_weights` leaves out.
-
-    They are those of optimizers without `build` (the legacy ones of tf_keras, and AdamWeightDecay
-    of transformers), in tf_keras 2.21 learning rates and optimizers in lists in dicts, and in
-    Keras 3.15 the states of random generators and all variables of layers with LoRA, whose matrices
-    it merges into the kernel as it saves. They go by place: automatic names differ between runs.
-    """
-    found: dict[str, Any] = {}
-    is_keras_2 = not hasattr(_kind_of(model).keras, "ops")
-    for place, (part, own) in _parts_of(model).items():
-        if not hasattr(part, "apply_gradients"):
-            continue
-        if is_keras_2 and part is not model.optimizer or not hasattr(part, "build"):
-            found |= {f"{place}/{n}": each for n, each in enumerate(own)}
-        if hasattr(rate := getattr(part, "learning_rate", None), "assign"):
-            found[f"{place}/learning_rate"] = rate
-    paths = [str(getattr(each, "path", each.name)).rpartition("/") for each in model.variables]
-    kinds = ("lora_", "seed_generator_state")
-    layers = {layer for layer, _, name in paths if name.startswith(kinds)}
-    ours = [each for each, (layer, _, _) in zip(model.variables, paths) if layer in layers]
-    return found | {f"model/{n}": each for n, each in enumerate(ours)}
+        seen[id(value)], of_class = f"{place} of {layer}", type(value).__name__
+        inside: Iterable[tuple[Any, Any]] = ()
+        if isinstance(value, keras.layers.Layer):
+            kind = re.sub(r"_\d+$", "", value.name)  # automatic names count on in a process
+            is_automatic = kind.replace("_", "").lower() == of_class.lower()
+            layer = f"{of_class} {kind if is_automatic else value.name!r}"
+            inside = vars(value).items()
+            if getattr(value, "lora_enabled", False):
+                kept -= {id(each) for each in value.variables}
+        elif hasattr(value, "apply_gradients"):
+            own = value.variables() if callable(value.variables) else value.variables
+            is_kept = hasattr(keras, "ops") or value is optimizer and hasattr(value, "build")
+            for n, each in enumerate(own):
+                states[f"{place} {of_class}.{n}, {each.shape}"] = each, not is_kept
+            if hasattr(rate := getattr(value, "learning_rate", None), "assign"):
+                states[f"{place} {of_class}.learning_rate"] = rate, True
+        elif isinstance(value, (Mapping, list, tuple)):
+            inside = value.items() if isinstance(value, Mapping) else enumerate(value)
+        places += [(f"{place}.{name}", layer, part) for name, part in inside]
+    found: dict[str, tuple[Any, bool]] = {}
+    for n, each in enumerate(model.variables):  # in the order that optimizers go by
+        place, shape = seen.get(id(each), f"variable {n}"), getattr(each, "shape", None)
+        found[f"{place}, {shape}, trained: {id(each) in trained}"] = each, id(each) not in kept
+    return found | states
 
 
 def _write_checkpoint(model: Any, rows: dict[int, Row], file: Path) -> None:
     """Writes what a resumed training needs: Keras' own weights file, with a group of ours in it.
 
     The group holds the variables that Keras leaves out and, as JSON (in a data set, since HDF5
-    limits attributes), the logs by epoch, a description of the model and the arrays of the file.
+    limits attributes), the logs by epoch and descriptions of all variables and arrays.
     """
-    model.built = model.built or bool(model.variables)  # a GAN: Keras 3.15 asks for a call of it
+    variables = _variables_of(model)
+    model.built = True  # a GAN: Keras 3.15 asks for a call of it
     model.save_weights(str(file))
     with h5py.File(file, "a") as opened:
-        for name, variable in _unsaved_variables(model).items():
-            value = np.asarray(variable.numpy())
-            value = value.astype("float32") if value.dtype.kind == "V" else value  # of bfloat16
-            opened[f"keras_callbacks/variables/{name}"] = value
-        state = {"history": rows, "model": _describe(model), "arrays": _arrays_in(opened)}
+        for number, (variable, is_left_out) in enumerate(variables.values()):
+            if is_left_out:
+                value, is_bfloat16 = variable.numpy(), "bfloat16" in str(variable.dtype)
+                opened[f"{LEFT_OUT}/{number}"] = value.astype("float32") if is_bfloat16 else value
+        state = {"history": rows, "variables": [*variables], "arrays": _arrays_in(opened)}
         opened[STATE] = json.dumps(state)
 
 
-def _arrays_in(opened: Any) -> dict[str, str]:
-    """Returns dtype and shape of the arrays in an HDF5 file, by name."""
+def _arrays_in(opened: Any) -> list[str]:
+    """Returns name, dtype and shape of the arrays in an HDF5 file, but for STATE."""
     items: dict[str, Any] = {}
     opened.visititems(lambda name, item: items.update({name: item}))
     items.pop(STATE, None)
-    return {n: f"{x.dtype} {x.shape}" for n, x in items.items() if hasattr(x, "dtype")}
+    return [f"{n}: {x.dtype} {x.shape}" for n, x in items.items() if isinstance(x, h5py.Dataset)]
 
 
-def _read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[int, Row]]:
-    """Returns the description of the model that a checkpoint is of, and the logs by epoch."""
+def _read_checkpoint(file: Path) -> tuple[list[str], dict[int, Row]]:
+    """Returns the descriptions of the variables in a checkpoint, and the logs by epoch."""
     try:
         with h5py.File(file) as opened:
             state = json.loads(opened[STATE][()])
-            if state["arrays"] != _arrays_in(opened):
-                raise ValueError("its arrays are not those that were written")
+            is_whole = state["arrays"] == _arrays_in(opened)
         rows = {int(epoch): _numbers_in(row) for epoch, row in state["history"].items()}
-        if min(rows) < 0:
-            raise ValueError(f"there is no epoch {min(rows)}")
-        there = {}
-        for place, (of_class, flag, shapes, given, automatic) in state["model"].items():
-            there[place] = [of_class, flag, list(shapes), given, str(automatic)]
-        return there, rows
+        if not is_whole or min(rows) < 0:
+            raise ValueError("its arrays or epochs are not those that were written")
+        return [*map(str, state["variables"])], rows
     except PermissionError:
         raise
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+    except Exception as error:
         raise ValueError(
             f"{file} is not a checkpoint that checkpoint=True has written: "
             f"{type(error).__name__}: {error}."
         ) from error
-
-
-def _describe(model: Any) -> dict[str, list[Any]]:
-    """Returns by place class, trainable flag, shapes, given and automatic name of a model's parts.
-
-    A part has those variables that no part inside it has; names matter where variables are.
-    """
-    described: dict[str, list[Any]] = {}
-    seen: set[int] = set()
-    for place, (part, variables) in reversed(_parts_of(model).items()):
-        own = [each for each in variables if id(each) not in seen]
-        seen |= set(map(id, own))
-        of_class, name = type(part).__name__, str(getattr(part, "name", "")) if own else ""
-        is_automatic = re.fullmatch(of_class + r"\d*", name.replace("_", ""), re.IGNORECASE)
-        flag, shapes = getattr(part, "trainable", True), [str(tuple(each.shape)) for each in own]
-        described[place] = [of_class, flag, shapes, *(["", name] if is_automatic else [name, ""])]
-    unsaved = _unsaved_variables(model).items()
-    ours = {place: ["variable", True, [str(tuple(x.shape))], "", ""] for place, x in unsaved}
-    return dict(reversed(described.items())) | ours
-
-
-def _differences(there: dict[str, list[Any]], here: dict[str, list[Any]]) -> dict[str, str]:
-    """Returns what differs between two descriptions, by place and in words.
-
-    Keras reads arrays by their place, whatever the layer there is called. Automatic names, such as
-    dense_1, count on in a process: they say something only if they are the same ones.
-    """
-    names = [sorted(part[-1] for part in parts.values()) for parts in (there, here)]
-    if names[0] != names[1]:
-        there, here = ({p: part[:-1] for p, part in parts.items()} for parts in (there, here))
-    found = {
-        place: f"{there.get(place, 'nothing')} at {place}, but here {here.get(place, 'nothing')}"
-        for place in there | here
-        if there.get(place) != here.get(place)
-    }
-    return found or {"": "the order of parts"} if list(there) != list(here) else found
 
 
 # Hub sync -----------------------------------------------------------------------------------------
