@@ -557,7 +557,7 @@ def load_repo_checkpoint(
         ConnectionError: The Hub cannot be reached.
     """
     file, name = Path(repo_path_or_name).expanduser() / CHECKPOINT, str(repo_path_or_name)
-    if not file.is_file():
+    if not os.access(file, os.R_OK):
         api = huggingface_hub.HfApi(token=(token or "").strip() or None)
         try:
             newest = _attempt(api, lambda: api.model_info(name).sha, CREATION_SECONDS)
@@ -565,10 +565,20 @@ def load_repo_checkpoint(
             file = Path(_attempt(api, download, CREATION_SECONDS))
         except (hub_utils.HFValidationError, *MISSING) as error:
             raise FileNotFoundError(
-                f"Found no {CHECKPOINT}, which an epoch with checkpoint=True writes, in a folder "
-                f"or repository {name}: {error}"
+                f"Found no readable {CHECKPOINT}, which an epoch with checkpoint=True writes, in a "
+                f"folder or repository {name}: {error}"
             ) from error
-    there, rows = _read_checkpoint(file)
+    try:
+        with h5py.File(file) as opened:
+            state = json.loads(opened[STATE][()])
+            is_whole = state["arrays"] == _arrays_in(opened)
+        there = [*map(str, state["variables"])]
+        rows = {int(epoch): _numbers_in(row) for epoch, row in state["history"].items()}
+        if not is_whole or min(rows) < 0:
+            raise ValueError("its arrays or epochs are not those that were written")
+    except Exception as error:
+        what = f"{file} is not a checkpoint that checkpoint=True has written"
+        raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
     here = _variables_of(model)
     optimizer: Any = getattr(model, "optimizer", None)
     others = [[text for text in x if not text.startswith("optimizer ")] for x in (there, here)]
@@ -576,8 +586,7 @@ def load_repo_checkpoint(
         with _kind_of(model).strategy.scope():  # it may have no state yet
             optimizer.build(model.trainable_variables)
         here = _variables_of(model)
-    changes = [*difflib.unified_diff(there, [*here], n=0, lineterm="")]
-    if changes:
+    if changes := [*difflib.unified_diff(there, [*here], n=0, lineterm="")]:
         lost, new = ([line for line in changes if line[0] == sign][1:4] for sign in "-+")
         raise ValueError(
             f"The checkpoint does not fit the model: {lost} there, {new} here. Build, freeze and "
@@ -1180,7 +1189,7 @@ def _variables_of(model: Any) -> dict[str, tuple[Any, bool]]:
         if isinstance(value, keras.layers.Layer):
             kind = re.sub(r"_\d+$", "", value.name)  # automatic names count on in a process
             is_automatic = kind.replace("_", "").lower() == of_class.lower()
-            layer = f"{of_class} {kind if is_automatic else value.name!r}"
+            place, layer = f"{place} ({of_class})", kind if is_automatic else repr(value.name)
             inside = vars(value).items()
             if getattr(value, "lora_enabled", False):
                 kept -= {id(each) for each in value.variables}
@@ -1188,9 +1197,9 @@ def _variables_of(model: Any) -> dict[str, tuple[Any, bool]]:
             own = value.variables() if callable(value.variables) else value.variables
             is_kept = hasattr(keras, "ops") or value is optimizer and hasattr(value, "build")
             for n, each in enumerate(own):
-                states[f"{place} {of_class}.{n}, {each.shape}"] = each, not is_kept
+                states[f"{place} ({of_class}).{n}, {each.shape}"] = each, not is_kept
             if hasattr(rate := getattr(value, "learning_rate", None), "assign"):
-                states[f"{place} {of_class}.learning_rate"] = rate, True
+                states[f"{place} ({of_class}).learning_rate"] = rate, True
         elif isinstance(value, (Mapping, list, tuple)):
             inside = value.items() if isinstance(value, Mapping) else enumerate(value)
         places += [(f"{place}.{name}", layer, part) for name, part in inside]
@@ -1225,25 +1234,6 @@ def _arrays_in(opened: Any) -> list[str]:
     opened.visititems(lambda name, item: items.update({name: item}))
     items.pop(STATE, None)
     return [f"{n}: {x.dtype} {x.shape}" for n, x in items.items() if isinstance(x, h5py.Dataset)]
-
-
-def _read_checkpoint(file: Path) -> tuple[list[str], dict[int, Row]]:
-    """Returns the descriptions of the variables in a checkpoint, and the logs by epoch."""
-    try:
-        with h5py.File(file) as opened:
-            state = json.loads(opened[STATE][()])
-            is_whole = state["arrays"] == _arrays_in(opened)
-        rows = {int(epoch): _numbers_in(row) for epoch, row in state["history"].items()}
-        if not is_whole or min(rows) < 0:
-            raise ValueError("its arrays or epochs are not those that were written")
-        return [*map(str, state["variables"])], rows
-    except PermissionError:
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"{file} is not a checkpoint that checkpoint=True has written: "
-            f"{type(error).__name__}: {error}."
-        ) from error
 
 
 # Hub sync -----------------------------------------------------------------------------------------
