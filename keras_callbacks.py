@@ -64,7 +64,7 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-__version__ = "3.0.0"
+__version__ = "4.0.0"
 __all__ = ["IntervalStrategy", "KerasMetricCallback", "PushToHubCallback", "load_repo_checkpoint"]
 
 logger = logging.getLogger(__name__)
@@ -205,10 +205,9 @@ class KerasMetricCallback(_AnyKerasCallback):
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Rehearses an epoch's end with the first batch, which the first epoch evaluates again."""
         model, spec, read = self.model, self.eval_dataset.element_spec, []
-        kept: list[Any] = []  # seeds of Keras 3, and the states of recurrent layers
-        if model.built or hasattr(_kind_of(model).keras, "ops"):  # else there are none yet
-            kept = [each for each in model.variables if each.name == "seed_generator_state"]
-            kept += [getattr(layer, "states", None) for layer, _ in _parts_of(model).values()]
+        variables = model.variables if hasattr(_kind_of(model).keras, "ops") else []  # of Keras 3
+        kept = [each for each in variables if each.name == "seed_generator_state"]
+        kept += [getattr(layer, "states", None) for layer in model.layers]  # of recurrent ones
         values = [(v, np.asarray(v)) for v in tf.nest.flatten(kept) if hasattr(v, "assign")]
         try:
             if self._settings() != self._prepared_for:
@@ -1135,9 +1134,9 @@ def _count_updates(model: Any) -> int:
 def _check_free_space(model: Any, folder: Path, has_checkpoint: bool) -> None:
     """Raises an OSError where the variables cannot fit: HDF5 ends the process on a full disk."""
     writes_states = _kind_of(model).library in ("keras", "tf-keras")  # with the model
-    size = 2**20  # bytes, for all that is no variable
+    size, own = 2**20, len(model.variables)  # bytes, at first for all that is no variable
     for number, (variable, _) in enumerate(_variables_of(model).values()):
-        copies = has_checkpoint + (writes_states or number < len(model.variables))
+        copies = has_checkpoint + (writes_states or number < own)
         with contextlib.suppress(AttributeError, TypeError, ValueError):  # it has no single shape
             size += copies * math.prod(variable.shape) * tf.as_dtype(variable.dtype).size
     if (free := shutil.disk_usage(folder).free) < size:
@@ -1202,6 +1201,8 @@ def _variables_of(model: Any) -> dict[str, tuple[Any, bool]]:
                 states[f"{place} ({of_class}).learning_rate"] = rate, True
         elif isinstance(value, (Mapping, list, tuple)):
             inside = value.items() if isinstance(value, Mapping) else enumerate(value)
+        data = (str, int, float)  # of which lists may be long
+        inside = ((name, part) for name, part in inside if not isinstance(part, data))
         places += [(f"{place}.{name}", layer, part) for name, part in inside]
     found: dict[str, tuple[Any, bool]] = {}
     for n, each in enumerate(model.variables):  # in the order that optimizers go by
