@@ -148,10 +148,10 @@ class KerasMetricCallback(_AnyKerasCallback):
             second parameter is called `labels`. Both hold fresh, writable arrays of shape
             (examples, ...), in the nesting that the model or the data set has; labels are None
             where the data have none. Batches of different widths are padded at the end: numbers
-            with -100, generated tokens with the pad token (else the end token), columns whose name
-            ends in "mask" with 0, text with the empty string. Half precision arrives as float32,
-            text as `str` (as `bytes` where it is not UTF-8). Returns a dict of metric names to
-            numbers; an array or list of one axis becomes a number for each entry, "name_0", ....
+            with -100, generated integers with the pad token (else the end token), columns whose
+            name ends in "mask" with 0, text with the empty string. Half precision is float32, text
+            `str` (`bytes` where it is not UTF-8). Returns a dict of metric names to numbers; an
+            array or list of one axis becomes a number for each entry, "name_0", ....
         eval_dataset: A batched `tf.data.Dataset`, or, together with `batch_size`, a dict, a tuple,
             an array or a tensor. Its elements are `inputs`, `(inputs, labels)` or `(inputs, labels,
             sample_weight)`. It has to end, and is read once per epoch; of unknown size, it stays
@@ -974,68 +974,52 @@ def _pad_token(model: Any, generate_kwargs: dict[str, Any]) -> int:
 
 
 def _to_numpy(batch: Any, token: int = PADDING, is_generated: bool = False) -> Any:
-    """Returns the batch with arrays for tensors, in its own nesting.
+    """Returns the batch with arrays for tensors, masked ones for ragged, in its own nesting.
 
     A list of numbers or texts is a column. A list of tensors is a nesting, as in Keras' `predict`,
     but in what `generate` returned, where each entry is what one example gave.
     """
     if batch is None:
         return None
-    if isinstance(batch, tf.Tensor):
-        return np.asarray(batch.numpy())
     if isinstance(batch, Mapping):
-        tokens = {name: _padding_of(name, token) for name in batch}
-        return {name: _to_numpy(batch[name], tokens[name], is_generated) for name in batch}
-    is_column = isinstance(batch, list) and all(
-        isinstance(part, (str, bytes, int, float, np.generic)) for part in batch
-    )
+        return {n: _to_numpy(batch[n], _padding_of(n, token), is_generated) for n in batch}
+    is_column = isinstance(batch, list) and all(map(np.isscalar, batch))
     if isinstance(batch, list) and is_generated and not is_column:
-        batch = _concatenate([np.asarray(row)[None] for row in batch], token)  # (1, tokens) each
+        return _concatenate([np.asarray(row)[None] for row in batch], token)  # (1, tokens) each
     if isinstance(batch, (list, tuple)) and not is_column:
         parts = [_to_numpy(part, token, is_generated) for part in batch]
         if isinstance(batch, list):
             return parts
         return tuple(parts) if type(batch) is tuple else type(batch)(*parts)
     if isinstance(batch, tf.RaggedTensor):  # row by row would take 66 times as long
-        dense: Array = np.empty(0, batch.dtype.as_numpy_dtype)
-        dtype, padding = _joined_dtype([dense], token, is_padded=True)
-        if dtype == dense.dtype:  # it can hold the padding
-            return batch.to_tensor(padding).numpy()
-        dense = batch.to_tensor().numpy()
         is_given = tf.ones_like(batch, tf.bool).to_tensor().numpy()
-        if not is_given.all():
-            dense = dense.astype(dtype)
-            dense[~is_given] = padding
-        return dense
-    array = np.asarray(tf.sparse.to_dense(batch) if isinstance(batch, tf.SparseTensor) else batch)
-    if array.dtype == object and not isinstance(next(array.flat, ""), (str, bytes, int)):
-        raise TypeError(
-            "Predictions and labels must be tensors, arrays, numbers, texts, or dicts, tuples and "
-            f"lists of them, but received {type(array.flat[0]).__name__}."
-        )
+        return np.ma.array(batch.to_tensor().numpy(), mask=~is_given).shrink_mask()
+    if isinstance(batch, tf.SparseTensor):
+        batch = tf.sparse.to_dense(batch)
+    # A copy of tensors: what TensorFlow's threads free while the result is made stays with them.
+    array = np.atleast_1d(batch.numpy() if hasattr(batch, "numpy") else batch)
+    if array.dtype == object and not isinstance(next(array.flat, ""), (str, bytes)):
+        received = type(array.flat[0]).__name__
+        raise TypeError(f"Predictions and labels must be numbers or texts, but are {received}.")
     return array
 
 
-def _padding_of(name: Any, token: int) -> int:
-    """Returns what pads integers in the column of this name."""
-    if name in ("sequences", "token_ids"):  # of transformers and KerasHub
-        return token
-    return False if str(name).endswith("mask") else PADDING
+def _padding_of(column: Any, token: int) -> int:
+    """Returns what pads integers in the column of this name: masks with 0."""
+    return False if str(column).endswith("mask") else token
 
 
 def _concatenate(batches: list[Any], token: int = PADDING) -> Any:
     """Concatenates batches on axis 0 and pads every other axis at its end to the longest.
 
-    Batches are arrays of shapes (examples, ...), where a scalar counts as one example, or alike
-    nestings of them. `token` pads bare integers; columns have their own padding. Half precision
-    becomes float32, text objects; else dtypes are kept, or widened for the padding. The peak of
-    memory is the result plus one batch: `batches` is taken apart from its end as it is copied.
+    Batches are arrays of shapes (examples, ...) or alike nestings of them. `token` pads integers.
+    The peak of memory is the result plus one batch: `batches` is taken apart as it is copied.
     """
     first = batches[0]
     forms = {  # in a comprehension: a name that is left would keep the last batch in memory
         (type(each).__name__, *sorted(each))
         if isinstance(each, dict)
-        else (type(each).__name__, max(1, each.ndim) if hasattr(each, "ndim") else len(each or ()))
+        else (type(each).__name__, getattr(each, "ndim", None) or len(each or ()))
         for each in batches
     }
     if len(forms) > 1:
@@ -1052,47 +1036,43 @@ def _concatenate(batches: list[Any], token: int = PADDING) -> Any:
         tokens = {name: _padding_of(name, token) for name in first}
         return {n: _concatenate([batch.pop(n) for batch in batches], tokens[n]) for n in tokens}
     if isinstance(first, (list, tuple)):
-        lists = [list(batch) for batch in batches]
+        columns = [list(column) for column in zip(*batches)]
         batches.clear()
-        joined = [_concatenate([each.pop() for each in lists], token) for _ in first][::-1]
+        joined = [_concatenate(column, token) for column in columns]
         return type(first)(joined) if type(first) in (list, tuple) else type(first)(*joined)
-    batches[:] = map(np.atleast_1d, batches)
-    longest_axes = tuple(max(sizes) for sizes in zip(*(array.shape[1:] for array in batches)))
-    is_padded = any(array.shape[1:] != longest_axes for array in batches)
-    dtype, padding = _joined_dtype(batches, token, is_padded)
-    whole = np.empty((sum(map(len, batches)), *longest_axes), dtype)
-    end = len(whole)  # whole: (all examples, longest, ...)
-    is_utf_8: Any = lambda x: isinstance(x, bytes) and x.decode(errors="replace").encode() == x
-    as_str: Any = np.frompyfunc(lambda x: x.decode() if is_utf_8(x) else x, 1, 1)
-    while batches:
-        array = batches.pop()
-        block = whole[end - len(array) : end]
-        if array.shape != block.shape:
-            block[...] = padding
-        inside = tuple(map(slice, array.shape))
-        block[inside] = array if padding != "" else as_str(array)
-        end -= len(array)
-    return whole
+    return _join(batches, token)
 
 
-def _joined_dtype(
-    arrays: list[Array], token: int, is_padded: bool
-) -> tuple[np.dtype[Any], int | str]:
-    """Returns the dtype that holds all arrays and, if need be, their padding; and the padding."""
+def _join(arrays: list[Array], token: int) -> Array:
+    """Concatenates arrays of shapes (examples, ...), which it removes from the list, with padding.
+
+    Half precision becomes float32, text objects; else the dtype is kept, or has room for padding.
+    """
+    longest = tuple(max(sizes) for sizes in zip(*(array.shape[1:] for array in arrays)))
+    is_padded = any(x.shape[1:] != longest or np.ma.is_masked(x) for x in arrays)
     dtypes = {array.dtype for array in arrays}
-    dtype: np.dtype[Any] = functools.reduce(np.promote_types, dtypes)
-    if dtype.kind in "OSU":  # text; or integers of an object array, see below
-        firsts = [array.flat[0] for array in arrays if array.size]
-        are_integers = bool(firsts) and isinstance(firsts[0], (int, np.integer))
-        return np.dtype(object), token if are_integers else ""
-    if dtype in (np.float16, tf.bfloat16.as_numpy_dtype):
-        return np.dtype(np.float32), PADDING
-    padding = token if dtype.kind in "iu" or token is False else PADDING
+    dtype: np.dtype[Any] = np.result_type(*dtypes)
+    padding: Any = token if dtype.kind in "iu" or token is False else PADDING
+    if dtype.kind in "OSU":
+        dtype, padding = np.dtype(object), ""
+    elif dtype in (np.float16, tf.bfloat16.as_numpy_dtype):
+        dtype = np.dtype(np.float32)
     if is_padded:
         dtype = np.promote_types(dtype, np.min_scalar_type(padding))
     if dtype.kind == "f" and all(each.kind in "iu" for each in dtypes):
         dtype = np.dtype(object)  # uint64 and a signed type: float64 would lose digits
-    return dtype, padding
+    whole = np.empty((sum(map(len, arrays)), *longest), dtype)
+    end = len(whole)  # whole: (all examples, longest, ...)
+    is_utf_8: Any = lambda x: isinstance(x, bytes) and x.decode(errors="replace").encode() == x
+    as_str: Any = np.frompyfunc(lambda x: x.decode() if is_utf_8(x) else x, 1, 1)
+    while arrays:
+        array = np.ma.filled(arrays.pop().astype(dtype, copy=False), padding)
+        block = whole[end - len(array) : end]
+        if array.shape != block.shape:
+            block[...] = padding
+        block[tuple(map(slice, array.shape))] = as_str(array) if padding == "" else array
+        end -= len(array)
+    return whole
 
 
 def _numbers_in(values: Any, is_strict: bool = False) -> Row:
@@ -1102,10 +1082,9 @@ def _numbers_in(values: Any, is_strict: bool = False) -> Row:
     """
     numbers: Row = {}
     for name, value in values.items() if isinstance(values, Mapping) else [(None, values)]:
-        try:
+        array = np.empty((0, 0))
+        with contextlib.suppress(ValueError):  # lists of different lengths
             array = np.asarray(value.numpy() if hasattr(value, "numpy") else value)  # bfloat16 too
-        except ValueError:  # lists of different lengths
-            array = np.empty((0, 0))
         if isinstance(name, str) and array.ndim < 2 and array.dtype.kind in "biufV":  # V: bfloat16
             entries = {f"{name}_{n}": entry for n, entry in enumerate(array.reshape(-1).tolist())}
             numbers |= entries if array.ndim else {name: array.item()}
