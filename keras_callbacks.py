@@ -992,8 +992,11 @@ def _to_numpy(batch: Any, token: int = PADDING, is_generated: bool = False) -> A
             return parts
         return tuple(parts) if type(batch) is tuple else type(batch)(*parts)
     if isinstance(batch, tf.RaggedTensor):  # row by row would take 66 times as long
-        is_given = tf.ones_like(batch, tf.bool).to_tensor().numpy()
-        return np.ma.array(batch.to_tensor().numpy(), mask=~is_given).shrink_mask()
+        values = batch.flat_values.numpy()
+        is_given = batch.with_flat_values(np.ones_like(values, bool)).to_tensor(False).numpy()
+        rows = np.ma.masked_all(is_given.shape, values.dtype)
+        rows[is_given] = values.reshape(-1)
+        return rows.shrink_mask()
     if isinstance(batch, tf.SparseTensor):
         batch = tf.sparse.to_dense(batch)
     # A copy of tensors: what TensorFlow's threads free while the result is made stays with them.
