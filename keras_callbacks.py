@@ -1481,39 +1481,36 @@ def _model_card(
         values = values if isinstance(values, (list, tuple)) else [values]
         names = (getattr(each, "builder_name", None) or each for each in values)
         lists[key] = [" ".join(str(n).split()) for n in names if isinstance(n, (str, int, float))]
-    tasks, datasets, ids = lists["tasks"], lists["dataset"], lists["dataset_tags"]
-    name, base = facts["repo_id"].split("/")[-1], "".join(lists["finetuned_from"][:1])
+    first = {key: next(iter(lists[key]), "") for key in lists}
+    name, base, tasks = facts["repo_id"].split("/")[-1], first["finetuned_from"], lists["tasks"]
     own = {"loss", "lr", "learning_rate", "val_loss"}
     with contextlib.suppress(ValueError):  # outside `fit` they may have no result yet
         own |= set(model.get_metrics_result())
     results = {" ".join(m.split()): v for m, v in row.items() if m not in own and math.isfinite(v)}
-    data = itertools.zip_longest(datasets, ids, lists["dataset_args"])
+    dataset = first["dataset"] or first["dataset_tags"]
     evaluations = [
         huggingface_hub.EvalResult(
-            *(task, tag or dataset, dataset or tag, metric, value),
-            dataset_config=config,
+            *(task, first["dataset_tags"] or dataset, dataset, metric, value),
+            dataset_config=first["dataset_args"] or None,
             metric_name=metric,
         )
-        for dataset, tag, config in data
-        for task in tasks
-        for metric, value in results.items()
-        if dataset or tag
+        for task, (metric, value) in itertools.product(tasks if dataset else [], results.items())
     ]
     metadata: Any = huggingface_hub.ModelCardData(
         language=lists["language"] or None,
-        license=next(iter(lists["license"]), None),
+        license=first["license"] or None,
         library_name=_kind_of(model).library,
         tags=[*lists["tags"], "generated_from_keras_callback"],
         base_model=base if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", base) else None,
-        datasets=ids or None,
+        datasets=lists["dataset_tags"] or None,
         pipeline_tag=tasks[0] if len(tasks) == 1 else None,
         metrics=sorted(results) or None,
         model_name=name,
         eval_results=evaluations or None,
     )
-    summary = f"A {type(model).__name__}"
+    summary, data = f"A {type(model).__name__}", " and ".join(lists["dataset"])
     summary += f", fine-tuned from {_as_text(base)}" if base else ""
-    summary += f", trained on {' and '.join(map(_as_text, datasets))}" if datasets else ""
+    summary += f", trained on {_as_text(data)}" if data else ""
     known = "The results of exactly these weights are not known."
     if epoch is not None:
         known = f"Results of epoch {epoch} below are those of exactly these weights."
@@ -1572,23 +1569,21 @@ def _loading_code(model: Any, repo_id: str, tokenizer: Any) -> str:
     It imports the packages that parts of the model come from, so that Keras finds these by name.
     """
     kind, name, config = _kind_of(model), type(model).__name__, ""
-    keras, home = kind.keras.__name__, type(model).__module__
-    known = {"transformers": "transformers", "keras_hub": "keras_hub.models"}
-    home = known.get(home.split(".")[0], home)
+    home = type(model).__module__.split(".")[0].replace("keras_hub", "keras_hub.models")
     if kind.library in ("keras", "tf-keras"):
         config = json.dumps(kind.keras.saving.serialize_keras_object(model))
     options = ", safe_mode=False" if re.search('"__lambda__"|"lambda"', config) else ""
     file = f'huggingface_hub.hf_hub_download("{repo_id}", "model.keras")'
-    imports, load = {
-        "transformers": ({home}, f'{home}.{name}.from_pretrained("{repo_id}")'),
-        "keras-hub": ({home}, f'{home}.{name}.from_preset("hf://{repo_id}")'),
-        "keras": ({keras}, f'keras.saving.load_model("hf://{repo_id}"{options})'),
-        "tf-keras": ({keras, "huggingface_hub"}, f"{keras}.models.load_model({file}{options})"),
-    }[kind.library]
-    imports |= set(re.findall(r'"module": "(\w+)', config)) - {"builtins", "keras", "__main__"}
-    code = f"model = {load}"
+    load = {
+        "transformers": f'{home}.{name}.from_pretrained("{repo_id}")',
+        "keras-hub": f'{home}.{name}.from_preset("hf://{repo_id}")',
+        "keras": f'keras.saving.load_model("hf://{repo_id}"{options})',
+        "tf-keras": f"{kind.keras.__name__}.models.load_model({file}{options})",
+    }
+    code = f"model = {load[kind.library]}"
     if type(tokenizer).__module__.startswith("transformers."):
-        imports.add("transformers")
         name = type(tokenizer).__name__
         code += f'\ntokenizer = transformers.{name}.from_pretrained("{repo_id}")'
-    return f"import {', '.join(sorted(imports))}\n\n{code}"
+    parts = set(re.findall(r'"module": "(\w+)', config)) - {"builtins", "keras", "__main__"}
+    named = re.findall(r"[ (](\w+)\.", code)
+    return f"import {', '.join(sorted(parts.union(named)))}\n\n{code}"
