@@ -1033,9 +1033,8 @@ def _concatenate(batches: list[Any], token: int = PADDING) -> Any:
         for name in {"scores", "logits"} & first.keys():  # of each step; generation may end early
             if isinstance(first[name], tuple):
                 steps = max(len(batch[name]) for batch in batches)
-                for each in batches:
-                    last = (np.full_like(each[name][-1], PADDING),)
-                    each[name] += last * (steps - len(each[name]))
+                for each in batches:  # a step without scores, which are padded
+                    each[name] += (each[name][0][:, :0],) * (steps - len(each[name]))
         tokens = {name: _padding_of(name, token) for name in first}
         return {n: _concatenate([batch.pop(n) for batch in batches], tokens[n]) for n in tokens}
     if isinstance(first, (list, tuple)):
