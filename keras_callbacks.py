@@ -1476,7 +1476,8 @@ def _model_card(
     `facts` are the user's and those of `fit`, `kept` is metadata that takes precedence, `epoch` the
     one at whose end the weights were these.
     """
-    row, optimizer = rows.get(-1 if epoch is None else epoch, {}), getattr(model, "optimizer", None)
+    kind, optimizer = _kind_of(model), getattr(model, "optimizer", None)
+    row = rows.get(-1 if epoch is None else epoch, {})
     lists: dict[str, list[str]] = {}
     for key in CARD_ARGS:  # a name, a data set of the datasets library, or several
         values = facts.get(key)
@@ -1485,6 +1486,9 @@ def _model_card(
         lists[key] = [" ".join(str(n).split()) for n in names if isinstance(n, (str, int, float))]
     first = {key: next(iter(lists[key]), "") for key in lists}
     name, base, tasks = facts["repo_id"].split("/")[-1], first["finetuned_from"], lists["tasks"]
+    guess = str(getattr(getattr(model, "config", None), "name_or_path", None) or "")
+    if not base and not Path(guess).exists():  # "" is the working folder
+        base = guess
     own = {"loss", "lr", "learning_rate", "val_loss"}
     with contextlib.suppress(ValueError):  # outside `fit` they may have no result yet
         own |= set(model.get_metrics_result())
@@ -1501,7 +1505,7 @@ def _model_card(
     metadata: Any = huggingface_hub.ModelCardData(
         language=lists["language"] or None,
         license=first["license"] or None,
-        library_name=_kind_of(model).library,
+        library_name=kind.library,
         tags=[*lists["tags"], "generated_from_keras_callback"],
         base_model=base if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", base) else None,
         datasets=lists["dataset_tags"] or None,
@@ -1523,6 +1527,8 @@ def _model_card(
     for done, logs in sorted(rows.items()):
         table.append([str(done), *(f"{logs[c]:.4g}" if c in logs else "" for c in columns)])
     lines = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+    replicas = kind.strategy.num_replicas_in_sync
+    setting = f"- distribution: {replicas} replicas\n" if replicas > 1 else ""
     versions = (f"{n} {sys.modules[n].__version__}" for n in PACKAGES if n in sys.modules)
     return f"""---
 {huggingface_hub.CardData(**metadata.to_dict() | kept | {KEPT: sorted(kept) or None}).to_yaml()}
@@ -1546,7 +1552,7 @@ Intended uses, limitations and data: more information needed.
 
 - precision: {model.dtype_policy.name}
 - epochs: {facts["epochs"] or "unknown"} of {facts["steps"] or "an unknown number of"} steps
-- optimizer:
+{setting}- optimizer:
 
 ```json
 {json.dumps(config, indent=2, default=plain)}
