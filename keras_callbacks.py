@@ -985,7 +985,7 @@ def _to_numpy(batch: Any, token: int = PADDING, is_generated: bool = False) -> A
         return {n: _to_numpy(batch[n], _padding_of(n, token), is_generated) for n in batch}
     is_column = isinstance(batch, list) and all(map(np.isscalar, batch))
     if isinstance(batch, list) and is_generated and not is_column:
-        return _concatenate([np.asarray(row)[None] for row in batch], token)  # (1, tokens) each
+        batch = _concatenate([np.asarray(row)[None] for row in batch], token)  # (1, tokens) each
     if isinstance(batch, (list, tuple)) and not is_column:
         parts = [_to_numpy(part, token, is_generated) for part in batch]
         if isinstance(batch, list):
