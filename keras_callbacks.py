@@ -1460,6 +1460,8 @@ def _fingerprint(model: Any) -> tuple[int, ...]:
     is_tensorflow, sums = _kind_of(model).backend == "tensorflow", []
     with contextlib.suppress(Exception):  # RuntimeError, or one of TensorFlow's own
         for variable in model.weights:
+            if not hasattr(variable, "assign"):  # a vocabulary of tf_keras
+                continue
             value = tf.convert_to_tensor(variable) if is_tensorflow else variable  # not copied
             data = np.asarray(value).reshape(-1).view(np.uint8)
             words = data[: len(data) // 8 * 8].view(np.uint64)
