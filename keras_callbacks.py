@@ -551,7 +551,7 @@ def load_repo_checkpoint(
     Raises:
         FileNotFoundError: There is no such folder or repository, or no checkpoint in it.
         ValueError: The checkpoint is damaged, or belongs to another model or optimizer.
-        OSError: The checkpoint may not be read.
+        OSError: The download cannot be stored.
         huggingface_hub.utils.HfHubHTTPError: The Hub refuses.
         ConnectionError: The Hub cannot be reached.
     """
