@@ -93,6 +93,7 @@ NEVER_PUSHED = [  # hidden files and files that may hold a secret, at any depth 
     """.split()
     for before, after in itertools.product(("", "*/"), ("", "/*"))
 ]
+SAVERS = ("save_pretrained", "save_to_preset")  # of transformers and of KerasHub
 CARD_ARGS = "dataset dataset_args dataset_tags finetuned_from language license tags tasks".split()
 
 
@@ -348,19 +349,12 @@ class PushToHubCallback(_AnyKerasCallback):
             raise ValueError(f"save_strategy must be one of {choices}, but received {strategy!r}.")
         is_count = isinstance(save_steps, (int, np.integer)) and save_steps > 0
         if strategy == "steps" and not is_count:
-            raise ValueError(
-                'save_steps must be a positive integer when save_strategy is "steps", '
-                f"but received save_steps={save_steps!r}."
-            )
+            raise ValueError(f"save_steps must be a positive integer, but received {save_steps=}.")
         if checkpoint and strategy != "epoch":
-            raise ValueError(
-                'checkpoint=True needs save_strategy="epoch", since training resumes at the start '
-                f"of an epoch, but received save_strategy={strategy!r}."
-            )
-        savers = ("save_pretrained", "save_to_preset")
-        if tokenizer is not None and not any(hasattr(tokenizer, name) for name in savers):
+            raise ValueError(f'checkpoint needs save_strategy="epoch", but received {strategy!r}.')
+        if tokenizer is not None and not any(hasattr(tokenizer, name) for name in SAVERS):
             name = type(tokenizer).__name__
-            raise TypeError(f"tokenizer must have one of the methods {savers}, but is a {name}.")
+            raise TypeError(f"tokenizer must have one of the methods {SAVERS}, but is a {name}.")
         if unknown := sorted(model_card_args.keys() - set(CARD_ARGS)):
             raise TypeError(f"model_card_args must be among {CARD_ARGS}, but received {unknown}.")
         self.output_dir = Path(os.path.abspath(os.path.expanduser(output_dir)))
@@ -500,17 +494,13 @@ class PushToHubCallback(_AnyKerasCallback):
         model, kind, tokenizer = self.model, _kind_of(self.model), self.tokenizer
         rows = _history.get(model, {})
         _check_free_space(model, folder, has_checkpoint)
-        if kind.library == "transformers":
-            model.save_pretrained(str(folder))
-        elif kind.library == "keras-hub":
-            model.save_to_preset(str(folder))
-        elif kind.library == "keras":  # what load_model("hf://owner/name") reads
+        if kind.library == "keras":  # what load_model("hf://owner/name") reads
             kind.keras.saving.save_model(model, str(folder), zipped=False)
-        else:  # with its format, since tf_keras defaults to HDF5 in all threads but the main one
+        elif kind.library == "tf-keras":  # which defaults to HDF5 in all threads but the main one
             model.save(str(folder / "model.keras"), save_format="keras_v3")
-        if tokenizer is not None:
-            write = getattr(tokenizer, "save_pretrained", None) or tokenizer.save_to_preset
-            write(str(folder))
+        for part, name in itertools.product((model, tokenizer), SAVERS):
+            if hasattr(part, name):
+                getattr(part, name)(str(folder))
         if has_checkpoint:
             (folder / CHECKPOINT).parent.mkdir(exist_ok=True)
             _write_checkpoint(model, rows, folder / CHECKPOINT)
