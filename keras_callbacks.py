@@ -609,11 +609,8 @@ def _takes_pair(metric_fn: Any) -> bool:
         parameters = signature.parameters.values()
         named = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         required = [p for p in named if p.default is p.empty]
-        takes_labels = len(named) > 1 and named[1].name == "labels"
-        is_pair = len(required or named) == 1 and not takes_labels
+        is_pair = len(required) == 1 and [p.name for p in named[1:2]] != ["labels"]
         signature.bind(*[None] * (1 if is_pair else 2))
-    except ValueError:  # some functions written in C have no signature
-        return False
     except TypeError as error:
         raise TypeError(
             "metric_fn must take predictions and labels, or one argument that holds both, "
@@ -631,16 +628,12 @@ def _as_dataset(data: Any, batch_size: int | None) -> Any:
                 f"but received {type(data).__name__}."
             )
         if not (isinstance(batch_size, (int, np.integer)) and batch_size > 0):
-            raise ValueError(
-                "batch_size must be a positive integer when eval_dataset is not a "
-                f"tf.data.Dataset, but received batch_size={batch_size!r}."
-            )
+            raise ValueError(f"batch_size must be a positive integer, but received {batch_size=}.")
         data = tf.data.Dataset.from_tensor_slices(data).batch(batch_size)
     size, spec = int(data.cardinality()), data.element_spec
-    if size == tf.data.INFINITE_CARDINALITY:
-        raise ValueError("eval_dataset must be finite: remove repeat() or add take().")
-    if size == 0:
-        raise ValueError("eval_dataset must give at least one batch, but it is empty.")
+    if size in (0, tf.data.INFINITE_CARDINALITY):
+        what = "endless: remove repeat() or add take()" if size else "empty"
+        raise ValueError(f"eval_dataset must be finite, with at least one batch, but it is {what}.")
     if isinstance(spec, tuple) and len(spec) > 3:
         raise ValueError(
             "eval_dataset must give inputs, (inputs, labels) or (inputs, labels, sample_weight), "
@@ -651,52 +644,42 @@ def _as_dataset(data: Any, batch_size: int | None) -> Any:
 
 def _split(element: Any) -> tuple[Any, Any]:
     """Returns the inputs and the labels (or None) of an element, or of the `element_spec`."""
-    inputs, labels = (*element, None)[:2] if isinstance(element, tuple) else (element, None)
-    is_spec_of_none = isinstance(labels, tf.TypeSpec) and not hasattr(labels, "shape")
-    return inputs, None if is_spec_of_none else labels
+    return (*element, None)[:2] if isinstance(element, tuple) else (element, None)
 
 
 def _find_label_columns(spec: Any, wanted: str | list[str] | None) -> list[str] | None:
-    """Returns the names of the label columns; None for labels that are not chosen by name.
+    """Returns the names of the label columns; None for labels that have none.
 
     `spec` is the data set's `element_spec`, `wanted` what the user gave, None to find them.
     """
-    names: list[str] | None = None
-    columns = [name for part in _split(spec) if isinstance(part, Mapping) for name in part]
-    if wanted is not None:
-        names = [wanted] if isinstance(wanted, str) else list(wanted)
-        if not set(names).issubset(columns):
-            raise ValueError(
-                "label_cols must name columns of eval_dataset, which has "
-                f"{sorted(set(columns)) or 'no named columns'}, but received {names}."
-            )
-    elif isinstance(spec, Mapping):
+    inputs, labels = _split(spec)
+    columns = {name for part in (inputs, labels) if isinstance(part, Mapping) for name in part}
+    names = [wanted] if isinstance(wanted, str) else wanted
+    if wanted is None and isinstance(spec, Mapping):
         guesses = [["labels"], ["start_positions", "end_positions"]]
-        names = next((guess for guess in guesses if spec.keys() >= set(guess)), None)
-        if names is None:
-            raise ValueError(
-                "No label column could be found in eval_dataset; set label_cols to one or more of "
-                f"its columns, which are {sorted(spec)}, or label_cols=[] if it has no labels."
-            )
-        logger.warning("label_cols was not set: %s of eval_dataset are the labels.", names)
+        names = next((guess for guess in guesses if columns >= {*guess}), guesses[0])
+        logger.warning("label_cols was not set: %s of eval_dataset serve as labels.", names)
+    elif wanted is None and isinstance(labels, Mapping):
+        names = list(labels)
+    if not columns >= {*(names or [])}:
+        raise ValueError(
+            "The labels are not found: set label_cols to columns of eval_dataset, which has "
+            f"{sorted(columns) or 'no named columns'}, or label_cols=[] for none; tried {names}."
+        )
     _labels_of(spec, names)
     return names
 
 
 def _labels_of(element: Any, label_cols: list[str] | None) -> Any:
     """Returns the labels of an element: one column bare, several in a dict, None for none."""
-    inputs, labels = _split(element)
-    if label_cols is not None or isinstance(labels, Mapping):
-        parts = [part for part in (inputs, labels) if isinstance(part, Mapping)]
+    labels = _split(element)[1]
+    if label_cols is not None:
+        parts = [part for part in _split(element) if isinstance(part, Mapping)]
         columns = {name: part[name] for part in parts for name in part}  # the labels' come first
-        chosen = {name: columns[name] for name in (labels if label_cols is None else label_cols)}
+        chosen = {name: columns[name] for name in label_cols}
         labels = next(iter(chosen.values())) if len(chosen) == 1 else chosen or None
-    for leaf in [labels] if isinstance(labels, tf.Tensor) else tf.nest.flatten(labels):
-        if getattr(leaf, "shape", None) == ():
-            raise ValueError(
-                "eval_dataset must be batched, but its labels are single values, of shape (); "
-                "add .batch(batch_size)."
-            )
+    if () in [getattr(leaf, "shape", None) for leaf in tf.nest.flatten(labels)]:
+        raise ValueError("eval_dataset must be batched: its labels are of shape (). Add .batch(n).")
     return labels
 
 
