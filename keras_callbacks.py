@@ -205,26 +205,26 @@ class KerasMetricCallback(_AnyKerasCallback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Rehearses an epoch's end with the first batch, which the first epoch evaluates again."""
-        model, spec, read = self.model, self.eval_dataset.element_spec, []
+        model = self.model
         variables = model.variables if hasattr(_kind_of(model).keras, "ops") else []  # of Keras 3
         kept = [each for each in variables if each.name == "seed_generator_state"]
         kept += [getattr(layer, "states", None) for layer in model.layers]  # of recurrent ones
         values = [(v, np.asarray(v)) for v in tf.nest.flatten(kept) if hasattr(v, "assign")]
         try:
-            if self._settings() != self._prepared_for:
-                self._prepared_for = []  # until this has succeeded
-                generates, kwargs = self.predict_with_generate, self.generate_kwargs
-                given = model, spec, self.label_cols, kwargs, self.use_xla_generation
-                self._run = _generator(*given) if generates else _predictor(model, spec)
             elements = filter(_has_examples, self.eval_dataset)
             read = list(itertools.islice(elements, 1))
+            if read and self._settings() != self._prepared_for:
+                self._prepared_for = []  # until this has succeeded
+                generates, kwargs = self.predict_with_generate, self.generate_kwargs
+                given = model, read[0], self.label_cols, kwargs, self.use_xla_generation
+                self._run = _generator(*given) if generates else _predictor(model, read[0])
             self._evaluate(read)
         except Exception as error:
             what = "generate from" if self.predict_with_generate else "predict"
             raise ValueError(
                 f"{type(model).__name__} cannot {what} the first batch of eval_dataset: "
-                f"{type(error).__name__}: {error} (its elements are {spec}; inputs in a tuple go "
-                "by the order of the parameters of `call`, in a dict by name)"
+                f"{type(error).__name__}: {error} (inputs in a tuple go by the order of the "
+                f"parameters of `call`, in a dict by name: {self.eval_dataset.element_spec})"
             ) from error
         for variable, value in values:  # training goes on as without the rehearsal
             variable.assign(value)
@@ -233,19 +233,16 @@ class KerasMetricCallback(_AnyKerasCallback):
         # open iterator would lock a cache in a file, which `validation_data` may read as well.
         is_known = int(self.eval_dataset.cardinality()) >= 0
         self._opened = None if is_known else itertools.chain(read, elements)
-        if self.predict_with_generate:
-            _warn_of_withheld_prompts(model, read[0], self.label_cols)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Evaluates the whole set in one pass and adds what `metric_fn` returns to `logs`."""
         if self._prepared_for[:1] != [self.model]:  # outside of `fit`
             self.on_train_begin()
         elements, self._opened = self._opened or filter(_has_examples, self.eval_dataset), None
-        total = int(self.eval_dataset.cardinality())  # negative if it is not known
+        total = max(int(self.eval_dataset.cardinality()), 0) or None  # negative if not known
         # tqdm: None hides the bar off a terminal. "auto" is the default of `fit`.
         hidden = None if self.params.get("verbose") in (1, "auto") else True
-        bar = {"desc": "Evaluating", "unit": "batch", "delay": 2, "leave": False, "disable": hidden}
-        with tqdm(elements, total=total if total > 0 else None, **bar) as counted:
+        with tqdm(elements, "Evaluating", total, leave=False, disable=hidden, delay=2) as counted:
             pair = self._evaluate(counted)
         result = self.metric_fn(pair) if self._takes_pair else self.metric_fn(*pair)
         metrics = _numbers_in(result, is_strict=True)
@@ -254,15 +251,14 @@ class KerasMetricCallback(_AnyKerasCallback):
 
     def _settings(self) -> list[Any]:
         """Returns what the way to predict or generate depends on, to see whether it changed."""
-        model, pickled = self.model, b""
+        model = self.model
         model.make_predict_function()  # a new one after `compile`
-        if self.predict_with_generate:
-            configs = [getattr(model, name, None) for name in ("config", "generation_config")]
-            try:  # sees changes in objects such as logits processors too; never unpickled
-                pickled = pickle.dumps([self.generate_kwargs, *configs])
-            except Exception:  # what cannot be compared counts as changed
-                pickled = os.urandom(16)
-        return [model, model.predict_function, model.run_eagerly, pickled]
+        configs = [getattr(model, name, None) for name in ("config", "generation_config")]
+        pickled = os.urandom(16)  # what cannot be compared counts as changed
+        with contextlib.suppress(Exception):
+            # Sees changes in objects such as logits processors too; never unpickled.
+            pickled = pickle.dumps([self.generate_kwargs, *configs])
+        return [model, model.predict_function, pickled]
 
     def _evaluate(self, elements: Iterable[Any]) -> EvalPrediction:
         """Returns predictions and labels of all elements; memory holds these and one batch."""
@@ -698,29 +694,23 @@ class _Kind(NamedTuple):
     backend: str  # "tensorflow", "jax" or "torch"
     library: str  # to save and load it with, as the Hub names it
     strategy: Any  # the tf.distribute.Strategy that it was made under
-    own: set[str]  # those of the methods behind `predict` that are neither Keras' nor KerasHub's
     is_chief: bool  # whether this process is the one that publishes and pushes
 
 
 def _kind_of(model: Any) -> _Kind:
     roots = [cls.__module__.partition(".")[0] for cls in type(model).__mro__]
-    keras = sys.modules[next((root for root in roots if root in ("keras", "tf_keras")), "keras")]
+    keras = sys.modules["tf_keras" if "tf_keras" in roots else "keras"]
     saves_folders = "zipped" in inspect.signature(keras.saving.save_model).parameters
     library = "keras" if saves_folders else "tf-keras"
     if "transformers" in roots:
         library = "transformers"
     elif hasattr(model, "save_to_preset"):
         library = "keras-hub"
-    own = set()
-    for name in ("predict", "predict_step", "make_predict_function"):
-        home = getattr(getattr(model, name), "__module__", "").partition(".")[0]
-        if home not in ("keras", "tf_keras") and (home, name) != ("keras_hub", "predict"):
-            own.add(name)
     strategy = getattr(model, "distribute_strategy", None) or tf.distribute.get_strategy()
     backend, is_chief = keras.backend.backend(), bool(strategy.extended.should_checkpoint)
     if backend == "jax":
         is_chief = bool(sys.modules["jax"].process_index() == 0)
-    return _Kind(keras, backend, library, strategy, own, is_chief)
+    return _Kind(keras, backend, library, strategy, is_chief)
 
 
 def _columns_taken(model: Any, inputs: Any) -> list[str]:
@@ -728,7 +718,7 @@ def _columns_taken(model: Any, inputs: Any) -> list[str]:
 
     A functional model of Keras 3 matches the sorted columns to its inputs by position, and would
     take a label column of the right shape for an input; models of transformers go by name. All
-    others get what they get in `fit`. `inputs` are those of the data set's `element_spec`.
+    others get what they get in `fit`.
     """
     names: list[str] = []
     if not isinstance(inputs, Mapping):
@@ -744,24 +734,22 @@ def _columns_taken(model: Any, inputs: Any) -> list[str]:
     return names if inputs.keys() >= set(names) else []  # Keras says which are missing
 
 
-def _predictor(model: Any, spec: Any) -> Callable[[Any], Any]:
-    """Returns the function from an element of this spec to the outputs that `predict` would give.
+def _predictor(model: Any, first: Any) -> Callable[[Any], Any]:
+    """Returns the function from an element, such as the first, to what `predict` would give.
 
     Where Keras' own `predict` would only call `predict_step`, so does this: a data set of each
     batch, for `predict`, costs 6 to 9 times what the step does (Keras 3.15, tf_keras 2.21).
     """
-    kind, (inputs, _) = _kind_of(model), _split(spec)
-    gets_all = bool(kind.own)  # the labels and all columns, as in `predict`
-    columns = [] if gets_all else _columns_taken(model, inputs)
-    lacks_labels, names = False, []
+    kind, (inputs, _) = _kind_of(model), _split(first)
+    methods = ("predict_step", "predict", "make_predict_function")
+    homes = [f"{getattr(model, name).__module__} {name}" for name in methods]
+    own = [home for home in homes if not re.match(r"(tf_)?keras\.|keras_hub\..* predict$", home)]
+    columns = _columns_taken(model, inputs)
+    lacks_labels, names = False, list(inspect.signature(model.call).parameters)
     if kind.library == "transformers" and model.can_generate():  # makes decoder inputs from labels
-        names = list(inspect.signature(model.call).parameters)
         given = inputs if isinstance(inputs, Mapping) else names[: len(tf.nest.flatten(inputs))]
-        lacks_labels = {"labels", "decoder_input_ids"} <= set(names) - set(given)
-    leaves = tf.nest.flatten(spec if gets_all else inputs)
-    is_dense = all(type(leaf) is tf.TensorSpec for leaf in leaves)  # not None, sparse or ragged
-    step, strategy = model.predict_step, kind.strategy
-    is_torch, is_jax = kind.backend == "torch", kind.backend == "jax"
+        lacks_labels = {"labels", "decoder_input_ids"} <= {*names} - {*given}
+    step, strategy, is_jax = model.predict_step, kind.strategy, kind.backend == "jax"
     prepare = getattr(model, "preprocess_samples", None)  # of KerasHub; its `predict` takes 3 s
 
     def run(data: Any) -> Any:
@@ -772,14 +760,17 @@ def _predictor(model: Any, spec: Any) -> Callable[[Any], Any]:
             for variable, value in zip(groups[1], values):
                 variable.assign(value)
             return outputs
-        if not gets_all:  # outside of replicas, which average BatchNormalization's statistics
+        if not own:  # outside of replicas, which average BatchNormalization's statistics
             with strategy.scope():
                 return step(data)
         outputs = strategy.run(step, (data,))  # each replica is given the whole batch
         return tf.nest.map_structure(lambda x: strategy.experimental_local_results(x)[0], outputs)
 
     call = run
-    if kind.own - {"predict_step"} or is_torch or (is_jax and not (is_dense and model.built)):
+    # Keras builds a model, and takes None, sparse and ragged tensors to JAX.
+    leaves = tf.nest.flatten(first if own else inputs)
+    is_ready = model.built and all(isinstance(leaf, tf.Tensor) for leaf in leaves)
+    if set(own) - {homes[0]} or kind.backend == "torch" or (is_jax and not is_ready):
         call = lambda data: model.predict(tf.data.Dataset.from_tensors(data), verbose=0)
     elif is_jax and model.jit_compile and not model.run_eagerly:
         step = sys.modules["jax"].jit(step)
@@ -789,32 +780,31 @@ def _predictor(model: Any, spec: Any) -> Callable[[Any], Any]:
     def predict_batch(element: Any) -> Any:
         if prepare is not None:
             element = prepare(*(element if isinstance(element, tuple) else [element]))
-        if gets_all:
+        if own:  # which get the labels and all columns, as in `predict`
             return call(element)
         inputs, labels = _split(element)
-        if lacks_labels and labels is not None:
+        if lacks_labels:
             parts = inputs if isinstance(inputs, tuple) else (inputs,)
             inputs = inputs if isinstance(inputs, Mapping) else dict(zip(names, parts))
             answer = labels["labels"] if isinstance(labels, Mapping) else labels
             inputs = {**inputs, "labels": answer}
         elif columns:
             inputs = {name: inputs[name] for name in columns}
-        is_bare = kind.backend == "tensorflow" and not isinstance(inputs, tuple)
-        return call(inputs if is_bare else (inputs,))  # a tuple costs TensorFlow 6%
+        return call((inputs,) if isinstance(inputs, tuple) else inputs)  # a tuple costs 6%
 
     return predict_batch
 
 
 def _select_outputs(model: Any, outputs: Any, output_cols: list[str] | None) -> Any:
     """Returns the outputs to keep: one bare, several in a dict, all if they have no names."""
-    if not isinstance(outputs, Mapping) and not output_cols:
-        return outputs
     names = list(outputs) if isinstance(outputs, Mapping) else []
     if not set(output_cols or []).issubset(names):
         raise ValueError(
             f"output_cols must name outputs of {type(model).__name__}, which are "
             f"{names or 'not named'}, but received {output_cols}."
         )
+    if not names:
+        return outputs
     config = getattr(model, "config", None)
     ignored = ["loss", *(getattr(config, "keys_to_ignore_at_inference", None) or [])]
     given = [name for name in names if outputs[name] is not None]
@@ -826,14 +816,14 @@ def _select_outputs(model: Any, outputs: Any, output_cols: list[str] | None) -> 
 
 
 def _generator(
-    model: Any, spec: Any, label_cols: list[str] | None, generate_kwargs: Any, use_xla: bool
+    model: Any, first: Any, label_cols: list[str] | None, generate_kwargs: Any, use_xla: bool
 ) -> Callable[[Any], Any]:
-    """Returns the function from an element of this spec to what `generate` makes of its inputs.
+    """Returns the function from an element, such as the first, to what `generate` makes of it.
 
     The answer is withheld, by name: "labels", the columns of the inputs that serve as labels and,
     of transformers, "decoder_...". The mask of a text goes where the text goes.
     """
-    kind, (inputs, labels) = _kind_of(model), _split(spec)
+    kind, (inputs, labels) = _kind_of(model), _split(first)
     generate: Callable[..., Any] = functools.partial(model.generate, **generate_kwargs)
     named = labels if isinstance(labels, Mapping) else {}
     withheld = {"labels", *(set(label_cols or []) - named.keys())}
@@ -842,19 +832,23 @@ def _generator(
         encoder = getattr(model, "encoder", None)  # whose inputs an encoder-decoder starts from
         main = getattr(encoder, "main_input_name", model.main_input_name)
         names = list(inspect.signature(model.call).parameters)  # of inputs in a tuple
-        if isinstance(inputs, Mapping):
-            names = _columns_taken(model, inputs) or list(inputs)
-            withheld |= inputs.keys() - {*names}
-        withheld |= {name for name in names if name.startswith("decoder_")}
-        withheld -= {main, "attention_mask"}
+        if not isinstance(inputs, Mapping):
+            inputs = dict(zip(names, inputs)) if isinstance(inputs, tuple) else {main: inputs}
+        withheld |= inputs.keys() - {*(_columns_taken(model, inputs) or inputs)}
+        prompts = sorted(name for name in inputs if name.startswith("decoder_"))
+        withheld = {*withheld, *prompts} - {main, "attention_mask"}
         withheld |= {"attention_mask"} if "input_ids" in withheld else set()
+        pair = inputs.get("decoder_input_ids"), _labels_of(first, label_cols)
+        shifted, answer = map(np.asarray, pair)  # (examples, tokens), where collators made them
+        is_shift = shifted.ndim == 2 and shifted.shape == answer.shape
+        if is_shift:
+            before = answer[:, :-1]
+            is_shift = ((shifted[:, 1:] == before) | (before == PADDING)).all()
+        if prompts and not is_shift:
+            logger.warning("generate does not see %s; generate_kwargs may hold prompts.", prompts)
         generate = _compile_with_xla(generate) if use_xla else generate
     elif use_xla:
-        logger.warning(
-            "use_xla_generation has no effect on %s, which compiles generate itself; "
-            "compile(jit_compile=True) is the switch there.",
-            type(model).__name__,
-        )
+        logger.warning("use_xla_generation has no effect here, but compile(jit_compile=True) may.")
 
     def generate_batch(element: Any) -> Any:
         given = _split(element)[0]
@@ -864,35 +858,16 @@ def _generator(
             given = {name: column for name, column in given.items() if name not in withheld}
         if is_transformers:
             made = generate(**given)
-            if not isinstance(made, Mapping):
-                return made
-            return {n: tuple(x) if isinstance(x, list) else x for n, x in made.items()}  # of steps
+            if isinstance(made, Mapping):  # beams give the parts of their steps in lists
+                made = {n: tuple(x) if isinstance(x, list) else x for n, x in made.items()}
+            return made
         if hasattr(model, "preprocessor") and isinstance(given, dict) and len(given) == 1:
             given = given.get("encoder_text", given)  # KerasHub takes a dict with decoder_text only
         if kind.backend != "tensorflow":  # which take arrays, but text as a tensor
-            as_array = lambda x: x if x is None or x.dtype == tf.string else x.numpy()
-            given = tf.nest.map_structure(as_array, given)
+            given = tf.nest.map_structure(lambda x: x if x.dtype == tf.string else x.numpy(), given)
         return generate(given)
 
     return generate_batch
-
-
-def _warn_of_withheld_prompts(model: Any, element: Any, label_cols: list[str] | None) -> None:
-    """Says which decoder inputs `generate` will not see, unless they are the labels, shifted."""
-    inputs, targets = _split(element)[0], _labels_of(element, label_cols)
-    if not isinstance(inputs, Mapping) or _kind_of(model).library != "transformers":
-        return
-    withheld = sorted(name for name in inputs if name.startswith("decoder_"))
-    shifted, labels = (np.asarray(x) for x in (inputs.get("decoder_input_ids"), targets))
-    is_shift = shifted.ndim == 2 and shifted.shape == labels.shape
-    if is_shift:
-        is_shift = ((shifted[:, 1:] == labels[:, :-1]) | (labels[:, :-1] == PADDING)).all()
-    if withheld and not is_shift:
-        logger.warning(
-            "%s of eval_dataset are withheld from generate, which starts from the inputs alone; "
-            "give prompts that are the same for all examples in generate_kwargs.",
-            " and ".join(withheld),
-        )
 
 
 def _compile_with_xla(generate: Callable[..., Any]) -> Callable[..., Any]:
@@ -919,10 +894,8 @@ def _compile_with_xla(generate: Callable[..., Any]) -> Callable[..., Any]:
         except TypeError:
             ways[0] = ways[1]
             generated = ways[0](**columns)
-        if size == full:
-            return generated
         # (full * sequences per example, ...): generate may return several for each example
-        return tf.nest.map_structure(lambda x: x[: x.shape[0] * size // full], generated)
+        return tf.nest.map_structure(lambda x: x.numpy()[: x.shape[0] * size // full], generated)
 
     return generate_filled
 
@@ -933,14 +906,13 @@ def _pad_token(model: Any, generate_kwargs: dict[str, Any]) -> int:
     It is looked up where `generate` of transformers does: a configuration that is given takes the
     place of the model's own.
     """
-    configs = [generate_kwargs.get("generation_config")]
-    if configs[0] is None:
-        configs = [getattr(model, name, None) for name in ("generation_config", "config")]
-    for name in ("pad_token_id", "eos_token_id"):
-        for value in (generate_kwargs.get(name), *(getattr(each, name, None) for each in configs)):
-            if value is not None:
-                return int(np.atleast_1d(value)[0])  # there may be several end tokens
-    return PADDING
+    given = generate_kwargs.get("generation_config")
+    of_model = [getattr(model, name, None) for name in ("generation_config", "config")]
+    places = [types.SimpleNamespace(**generate_kwargs), *([given] if given else of_model)]
+    names = ("pad_token_id", "eos_token_id")
+    tokens = [getattr(place, name, None) for name in names for place in places]
+    token = next((each for each in tokens if each is not None), PADDING)
+    return int(np.atleast_1d(token)[0])  # there may be several end tokens
 
 
 # Padded concatenation, and what metric_fn makes of it ---------------------------------------------
