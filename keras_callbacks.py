@@ -226,8 +226,9 @@ class KerasMetricCallback(_AnyKerasCallback):
                 f"{type(error).__name__}: {error} (inputs in a tuple go by the order of the "
                 f"parameters of `call`, in a dict by name: {self.eval_dataset.element_spec})"
             ) from error
-        for variable, value in values:  # training goes on as without the rehearsal
-            variable.assign(value)
+        finally:
+            for variable, value in values:  # training goes on as without the rehearsal
+                variable.assign(value)
         self._prepared_for = self._settings()  # which the `generate` of Whisper changes itself
         # Data of unknown size may be such that can be read only once. Others are read anew: an
         # open iterator would lock a cache in a file, which `validation_data` may read as well.
@@ -345,7 +346,10 @@ class PushToHubCallback(_AnyKerasCallback):
             raise ValueError(f"save_strategy must be one of {choices}, but received {strategy!r}.")
         is_count = isinstance(save_steps, (int, np.integer)) and save_steps > 0
         if strategy == "steps" and not is_count:
-            raise ValueError(f"save_steps must be a positive integer, but received {save_steps=}.")
+            raise ValueError(
+                'save_steps must be a positive integer when save_strategy is "steps", '
+                f"but received {save_steps=}."
+            )
         if checkpoint and strategy != "epoch":
             raise ValueError(f'checkpoint needs save_strategy="epoch", but received {strategy!r}.')
         if tokenizer is not None and not any(hasattr(tokenizer, name) for name in SAVERS):
@@ -607,6 +611,8 @@ def _takes_pair(metric_fn: Any) -> bool:
         required = [p for p in named if p.default is p.empty]
         is_pair = len(required) == 1 and [p.name for p in named[1:2]] != ["labels"]
         signature.bind(*[None] * (1 if is_pair else 2))
+    except ValueError:  # some functions written in C have no signature
+        return False
     except TypeError as error:
         raise TypeError(
             "metric_fn must take predictions and labels, or one argument that holds both, "
