@@ -845,11 +845,10 @@ def _generator(
         withheld = {*withheld, *prompts} - {main, "attention_mask"}
         withheld |= {"attention_mask"} if "input_ids" in withheld else set()
         pair = inputs.get("decoder_input_ids"), _labels_of(first, label_cols)
-        shifted, answer = map(np.asarray, pair)  # (examples, tokens), where collators made them
-        is_shift = shifted.ndim == 2 and shifted.shape == answer.shape
-        if is_shift:
-            before = answer[:, :-1]
-            is_shift = ((shifted[:, 1:] == before) | (before == PADDING)).all()
+        is_shift = all(isinstance(x, tf.Tensor) and x.shape == pair[0].shape for x in pair)
+        if is_shift:  # perhaps, as collators make them
+            shifted, answer = pair[0].numpy()[:, 1:], pair[1].numpy()[:, :-1]  # (examples, tokens)
+            is_shift = ((shifted == answer) | (answer == PADDING)).all()
         if prompts and not is_shift:
             logger.warning("generate does not see %s; generate_kwargs may hold prompts.", prompts)
         generate = _compile_with_xla(generate) if use_xla else generate
