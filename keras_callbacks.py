@@ -75,7 +75,7 @@ Row = dict[str, "int | float"]  # the logs of one epoch
 PADDING = -100  # what collators pad labels with, and what losses ignore
 FIRST_WAIT = 1.0  # seconds before the second attempt; doubles with each further one
 LONGEST_WAIT = 30.0  # seconds between two attempts, unless the Hub asks for more
-CREATION_SECONDS = 10.0  # how long after its first failure all that is no push is attempted
+CREATION_SECONDS = 10.0  # how long what is no push is attempted again after its first failure
 BACKGROUND_SECONDS = 60.0  # the same for a push while training goes on
 FINAL_SECONDS = 300.0  # the same for the push of the final state
 SLOWEST_LINK = 100_000  # bytes a second that the wait for the final push allows for
@@ -147,12 +147,13 @@ class KerasMetricCallback(_AnyKerasCallback):
         metric_fn: Called as `metric_fn(predictions, labels)`. A function with exactly one required
             positional parameter gets one named tuple `(predictions, label_ids)` instead, unless a
             second parameter is called `labels`. Both hold fresh, writable arrays of shape
-            (examples, ...), in the nesting that the model or the data set has; labels are None
-            where the data have none. Batches of different widths are padded at the end: numbers
-            with -100, generated integers with the pad token (else the end token), columns whose
-            name ends in "mask" with 0, text with the empty string. Half precision is float32, text
-            `str` (`bytes` where it is not UTF-8). Returns a dict of metric names to numbers; an
-            array or list of one axis becomes a number for each entry, "name_0", ....
+            (examples, ...), in the nesting that the model or the data set has, but bare where a
+            dict has one column; labels are None where the data have none. Batches of different
+            widths are padded at the end: numbers with -100, generated integers with the pad token
+            (else the end token), columns whose name ends in "mask" with 0, text with the empty
+            string. Half precision is float32, text `str` (`bytes` where it is not UTF-8). Returns a
+            dict of metric names to numbers; an array or list of one axis becomes a number for each
+            entry, "name_0", ....
         eval_dataset: A batched `tf.data.Dataset`, or, together with `batch_size`, a dict, a tuple,
             an array or a tensor. Its elements are `inputs`, `(inputs, labels)` or `(inputs, labels,
             sample_weight)`. It has to end, and is read once per epoch; of unknown size, it stays
@@ -208,7 +209,10 @@ class KerasMetricCallback(_AnyKerasCallback):
         model = self.model
         variables = model.variables if hasattr(_kind_of(model).keras, "ops") else []  # of Keras 3
         kept = [each for each in variables if each.name == "seed_generator_state"]
-        kept += [getattr(layer, "states", None) for layer in model.layers]  # of recurrent ones
+        layers = [model]
+        for layer in layers:  # which grows meanwhile
+            layers += getattr(layer, "layers", [])
+            kept.append(getattr(layer, "states", None))  # of recurrent ones
         values = [(v, np.asarray(v)) for v in tf.nest.flatten(kept) if hasattr(v, "assign")]
         try:
             elements = filter(_has_examples, self.eval_dataset)
@@ -552,6 +556,8 @@ def load_repo_checkpoint(
             newest = _attempt(api, lambda: api.model_info(name).sha, CREATION_SECONDS)
             download = functools.partial(api.hf_hub_download, name, CHECKPOINT, revision=newest)
             file = Path(_attempt(api, download, CREATION_SECONDS))
+        except hub_utils.LocalEntryNotFoundError as error:  # a download that failed
+            raise ConnectionError(f"{name} cannot be read: {_diagnose(error)[0]}") from error
         except (hub_utils.HFValidationError, *MISSING) as error:
             raise FileNotFoundError(
                 f"Found no readable {CHECKPOINT}, which an epoch with checkpoint=True writes, in a "
@@ -685,9 +691,10 @@ def _labels_of(element: Any, label_cols: list[str] | None) -> Any:
     return labels
 
 
-_has_examples: Callable[[Any], bool] = (  # as a list, since slices of a TensorShape are slow
-    lambda batch: tf.nest.flatten(batch)[0].shape.as_list()[:1] != [0]
-)
+def _has_examples(batch: Any) -> bool:
+    """Returns whether a batch is not empty, as its first tensor says."""
+    first = next(leaf for leaf in tf.nest.flatten(batch) if leaf is not None)
+    return bool(first.shape.as_list()[:1] != [0])  # a list: slices of a TensorShape are slow
 
 
 # Models -------------------------------------------------------------------------------------------
@@ -1057,8 +1064,8 @@ def _numbers_in(values: Any, is_strict: bool = False) -> Row:
 def _count_updates(model: Any) -> int:
     """Returns the batches that the optimizer has counted, since Keras 3.15 does not tell them.
 
-    With several steps in one execution it gives the index that a full last execution of an epoch
-    would have, and trains more than `steps_per_epoch` of endless data.
+    With several steps in one execution the batch index that callbacks get is too high in the last
+    execution of an epoch, and of endless data more than `steps_per_epoch` are trained.
     """
     optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)  # of a loss scale
     in_each = getattr(optimizer, "gradient_accumulation_steps", None) or 1
@@ -1120,9 +1127,9 @@ def _variables_of(model: Any) -> dict[str, tuple[Any, bool]]:
         seen[id(value)], of_class = f"{place} of {layer}", type(value).__name__
         inside: Iterable[tuple[Any, Any]] = ()
         if isinstance(value, keras.layers.Layer):
-            kind = re.sub(r"_\d+$", "", value.name)  # automatic names count on in a process
-            is_automatic = kind.replace("_", "").lower() == of_class.lower()
-            place, layer = f"{place} ({of_class})", kind if is_automatic else repr(value.name)
+            words = [re.sub(r"[_\d]", "", each).lower() for each in (of_class, value.name)]
+            is_automatic = words[0] == words[1]  # such names count on in a process: dense_1
+            place, layer = f"{place} ({of_class})", of_class if is_automatic else repr(value.name)
             inside = vars(value).items()
             if getattr(value, "lora_enabled", False):
                 kept -= {id(each) for each in value.variables}
@@ -1318,7 +1325,7 @@ def _open_repo(api: Any, name: str, output_dir: Path) -> tuple[str, set[str], di
 
 
 def _list_files(folder: Path, left_out: list[str]) -> list[str]:
-    """Returns the files in a folder but those of these patterns; links are not followed."""
+    """Returns the files in a folder but those of these patterns; no links to folders."""
     paths = [Path(parent, name) for parent, _, files in os.walk(folder) for name in files]
     names = sorted(path.relative_to(folder).as_posix() for path in paths)
     return list(hub_utils.filter_repo_objects(names, ignore_patterns=left_out))
@@ -1398,7 +1405,8 @@ def _kept_metadata(card: Path) -> dict[str, Any] | None:
         return None
     with contextlib.suppress(Exception):  # there is none, or YAML that somebody has broken
         found = huggingface_hub.metadata_load(card) or {}
-        return {name: found[name] for name in (found if is_bare else found[KEPT]) if name in found}
+        names = found if is_bare else found.get(KEPT, [])
+        return {name: found[name] for name in names if name in found}
     return {}
 
 
