@@ -938,6 +938,9 @@ def _to_numpy(batch: Any, token: int = PADDING, is_generated: bool = False) -> A
     """
     if batch is None:
         return None
+    if isinstance(batch, tf.Tensor):
+        # A copy: what TensorFlow's threads free while the result is made stays with them.
+        return np.atleast_1d(batch.numpy())
     if isinstance(batch, Mapping):
         return {n: _to_numpy(batch[n], _padding_of(n, token), is_generated) for n in batch}
     is_column = isinstance(batch, list) and all(map(np.isscalar, batch))
@@ -959,8 +962,7 @@ def _to_numpy(batch: Any, token: int = PADDING, is_generated: bool = False) -> A
         return rows.shrink_mask()
     if isinstance(batch, tf.SparseTensor):
         batch = tf.sparse.to_dense(batch)
-    # A copy of tensors: what TensorFlow's threads free while the result is made stays with them.
-    array = np.atleast_1d(batch.numpy() if hasattr(batch, "numpy") else batch)
+    array = np.atleast_1d(batch)
     if array.dtype == object and not isinstance(next(array.flat, ""), (str, bytes)):
         received = type(array.flat[0]).__name__
         raise TypeError(f"Predictions and labels must be numbers or texts, but are {received}.")
