@@ -754,9 +754,9 @@ def _predictor(model: Any, first: Any) -> Callable[[Any], Any]:
     batch, for `predict`, costs 6 to 9 times what the step does (Keras 3.15, tf_keras 2.21).
     """
     kind, (inputs, _) = _kind_of(model), _split(first)
-    methods = ("predict_step", "predict", "make_predict_function")
-    homes = [f"{getattr(model, name).__module__} {name}" for name in methods]
-    own = [home for home in homes if not re.match(r"(tf_)?keras\.|keras_hub\..* predict$", home)]
+    own = {"predict", "predict_step", "make_predict_function"}  # but for Keras' and KerasHub's
+    of_libraries = r"(tf_)?keras\.|keras_hub\..* predict$"
+    own = {n for n in own if not re.match(of_libraries, f"{getattr(model, n).__module__} {n}")}
     columns = _columns_taken(model, inputs)
     lacks_labels, names = False, list(inspect.signature(model.call).parameters)
     if kind.library == "transformers" and model.can_generate():  # makes decoder inputs from labels
@@ -783,7 +783,7 @@ def _predictor(model: Any, first: Any) -> Callable[[Any], Any]:
     # Keras builds a model, and takes None, sparse and ragged tensors to JAX.
     leaves = tf.nest.flatten(first if own else inputs)
     is_ready = model.built and all(isinstance(leaf, tf.Tensor) for leaf in leaves)
-    if set(own) - {homes[0]} or kind.backend == "torch" or (is_jax and not is_ready):
+    if own - {"predict_step"} or kind.backend == "torch" or (is_jax and not is_ready):
         call = lambda data: model.predict(tf.data.Dataset.from_tensors(data), verbose=0)
     elif is_jax and model.jit_compile and not model.run_eagerly:
         step = sys.modules["jax"].jit(step)
