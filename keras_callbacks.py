@@ -283,7 +283,10 @@ class KerasMetricCallback(_AnyKerasCallback):
                 "before, it can be read only once: open its source anew in the function given to "
                 "from_generator, or cache() it."
             )
-        return EvalPrediction(_concatenate(predictions, token), _concatenate(labels))
+        pair = _concatenate(predictions, token), _concatenate(labels)
+        is_alone = [isinstance(joined, dict) and len(joined) == 1 for joined in pair]
+        bare = ([*x.values()][0] if alone else x for x, alone in zip(pair, is_alone))
+        return EvalPrediction(*bare)
 
 
 class PushToHubCallback(_AnyKerasCallback):
@@ -397,22 +400,27 @@ class PushToHubCallback(_AnyKerasCallback):
                 f"{type(error).__name__}: {error}. Often a get_config is missing."
             ) from error
 
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Forgets what an earlier `fit` recorded of this and later epochs."""
+        rows = _history.get(self.model, {})
+        _history[self.model] = {n: rows[n] for n in rows if n < epoch}
+
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Saves when `save_steps` more batches are trained."""
         if self.save_strategy != IntervalStrategy.STEPS:
             return
         before, self._steps = self._steps, self._steps + 1
         if self._first_update is not None:
-            self._steps = _count_updates(self.model) - self._first_update
+            self._steps = max(self._steps, _count_updates(self.model) - self._first_update)
         if self._steps // self.save_steps > before // self.save_steps:  # type: ignore[operator]
             epoch = self._epochs.get(_fingerprint(self.model))
             self._save_and_push(f"Training in progress, step {self._steps}", epoch)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Records the logs and, with "epoch", saves."""
-        row, rows = _numbers_in(logs or {}), _history.get(self.model, {})
+        row = _numbers_in(logs or {})
         self.training_history.append(row)
-        _history[self.model] = {n: rows[n] for n in rows if n < epoch} | {epoch: row}
+        _history.setdefault(self.model, {})[epoch] = row
         # Another callback may have put back the weights of an earlier epoch, or averaged them: the
         # EarlyStopping of Keras 2.15 does so before the last epoch's end is seen here.
         if weights := _fingerprint(self.model):
@@ -486,9 +494,9 @@ class PushToHubCallback(_AnyKerasCallback):
                 logger.error(
                     "The final state could not be pushed to %s: %s. It is complete in %s; push it "
                     "with:\nhuggingface_hub.HfApi().upload_folder(repo_id=%r, folder_path=%r, "
-                    "ignore_patterns=keras_callbacks.NEVER_PUSHED)",
+                    "ignore_patterns=%s.NEVER_PUSHED)",
                     *(self._url, _diagnose(error)[0], self.output_dir),
-                    *(self.hub_model_id, str(self.output_dir)),
+                    *(self.hub_model_id, str(self.output_dir), __name__),
                 )
             else:
                 say(f"Pushed: {future.result().commit_url}")
@@ -679,13 +687,12 @@ def _find_label_columns(spec: Any, wanted: str | list[str] | None) -> list[str] 
 
 
 def _labels_of(element: Any, label_cols: list[str] | None) -> Any:
-    """Returns the labels of an element: one column bare, several in a dict, None for none."""
+    """Returns the labels of an element: columns in a dict, None for none."""
     labels = _split(element)[1]
     if label_cols is not None:
         parts = [part for part in _split(element) if isinstance(part, Mapping)]
-        columns = {name: part[name] for part in parts for name in part}  # the labels' come first
-        chosen = {name: columns[name] for name in label_cols}
-        labels = next(iter(chosen.values())) if len(chosen) == 1 else chosen or None
+        columns = {name: part[name] for part in parts for name in part}  # labels before inputs
+        labels = {name: columns[name] for name in label_cols} or None
     if () in [getattr(leaf, "shape", None) for leaf in tf.nest.flatten(labels)]:
         raise ValueError("eval_dataset must be batched: its labels are of shape (). Add .batch(n).")
     return labels
@@ -809,7 +816,7 @@ def _predictor(model: Any, first: Any) -> Callable[[Any], Any]:
 
 
 def _select_outputs(model: Any, outputs: Any, output_cols: list[str] | None) -> Any:
-    """Returns the outputs to keep: one bare, several in a dict, all if they have no names."""
+    """Returns the outputs to keep: those chosen in a dict, all if they have no names."""
     names = list(outputs) if isinstance(outputs, Mapping) else []
     if not set(output_cols or []).issubset(names):
         raise ValueError(
@@ -822,7 +829,7 @@ def _select_outputs(model: Any, outputs: Any, output_cols: list[str] | None) -> 
     ignored = ["loss", *(getattr(config, "keys_to_ignore_at_inference", None) or [])]
     given = [name for name in names if outputs[name] is not None]
     chosen = output_cols or [name for name in given if name not in ignored] or given
-    return outputs[chosen[0]] if len(chosen) == 1 else {name: outputs[name] for name in chosen}
+    return {name: outputs[name] for name in chosen}
 
 
 # Generation ---------------------------------------------------------------------------------------
@@ -851,7 +858,7 @@ def _generator(
         prompts = sorted(name for name in inputs if name.startswith("decoder_"))
         withheld = {*withheld, *prompts} - {main, "attention_mask"}
         withheld |= {"attention_mask"} if "input_ids" in withheld else set()
-        pair = inputs.get("decoder_input_ids"), _labels_of(first, label_cols)
+        pair = [inputs.get("decoder_input_ids"), *tf.nest.flatten(_labels_of(first, label_cols))]
         is_shift = all(isinstance(x, tf.Tensor) and x.shape == pair[0].shape for x in pair)
         if is_shift:  # perhaps, as collators make them
             shifted, answer = pair[0].numpy()[:, 1:], pair[1].numpy()[:, :-1]  # (examples, tokens)
@@ -1439,7 +1446,7 @@ def _model_card(
     one at whose end the weights were these.
     """
     kind, optimizer = _kind_of(model), getattr(model, "optimizer", None)
-    row = rows.get(-1 if epoch is None else epoch, {})
+    row: Row = {} if epoch is None else rows.get(epoch, {})
     lists: dict[str, list[str]] = {}
     for key in CARD_ARGS:  # a name, a data set of the datasets library, or several
         values = facts.get(key)
@@ -1481,7 +1488,7 @@ def _model_card(
     summary += f", trained on {_as_text(data)}" if data else ""
     known = "The results of exactly these weights are not known."
     if epoch is not None:
-        known = f"Results of epoch {epoch} below are those of exactly these weights."
+        known = f"Results of epoch {epoch}, at whose end the weights were exactly these, are below."
     config = {"class_name": type(optimizer).__name__, **optimizer.get_config()} if optimizer else {}
     plain = lambda x: x.item() if hasattr(x, "item") else str(x)  # NumPy's numbers
     columns = list(dict.fromkeys(itertools.chain(*rows.values())))
