@@ -420,7 +420,8 @@ class PushToHubCallback(_AnyKerasCallback):
         """Records the logs and, with "epoch", saves."""
         row = _numbers_in(logs or {})
         self.training_history.append(row)
-        _history.setdefault(self.model, {})[epoch] = row
+        self.on_epoch_begin(epoch)  # which loops of one's own may leave out
+        _history[self.model][epoch] = row
         # Another callback may have put back the weights of an earlier epoch, or averaged them: the
         # EarlyStopping of Keras 2.15 does so before the last epoch's end is seen here.
         if weights := _fingerprint(self.model):
