@@ -284,8 +284,7 @@ class KerasMetricCallback(_AnyKerasCallback):
                 "from_generator, or cache() it."
             )
         pair = _concatenate(predictions, token), _concatenate(labels)
-        is_alone = [isinstance(joined, dict) and len(joined) == 1 for joined in pair]
-        bare = ([*x.values()][0] if alone else x for x, alone in zip(pair, is_alone))
+        bare = ([*x.values()][0] if isinstance(x, dict) and len(x) == 1 else x for x in pair)
         return EvalPrediction(*bare)
 
 
@@ -689,9 +688,9 @@ def _find_label_columns(spec: Any, wanted: str | list[str] | None) -> list[str] 
 
 def _labels_of(element: Any, label_cols: list[str] | None) -> Any:
     """Returns the labels of an element: columns in a dict, None for none."""
-    labels = _split(element)[1]
+    inputs, labels = _split(element)
     if label_cols is not None:
-        parts = [part for part in _split(element) if isinstance(part, Mapping)]
+        parts = [part for part in (inputs, labels) if isinstance(part, Mapping)]
         columns = {name: part[name] for part in parts for name in part}  # labels before inputs
         labels = {name: columns[name] for name in label_cols} or None
     if () in [getattr(leaf, "shape", None) for leaf in tf.nest.flatten(labels)]:
