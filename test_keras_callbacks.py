@@ -248,7 +248,7 @@ def keras(request):
 @pytest.fixture(autouse=True)
 def fresh_hub(monkeypatch):
     """An empty Hub, and short waits between tries; a test that is about them sets its own."""
-    for name, seconds in dict(FIRST_WAIT=0.01, BACKGROUND_SECONDS=2.0, FINAL_SECONDS=4.0).items():
+    for name, seconds in dict(FIRST_WAIT=0.01, BACKGROUND_SECONDS=9.0, FINAL_SECONDS=60.0).items():
         monkeypatch.setattr(kc, name, seconds)
     yield
     hub.reset()
