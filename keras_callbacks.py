@@ -844,7 +844,8 @@ def _generator(
     of transformers, "decoder_...". The mask of a text goes where the text goes.
     """
     kind, (inputs, labels) = _kind_of(model), _split(first)
-    generate: Callable[..., Any] = functools.partial(model.generate, **generate_kwargs)
+    own: Callable[..., Any] = functools.partial(model.generate, **generate_kwargs)
+    generate = own
     named = labels if isinstance(labels, Mapping) else {}
     withheld = {"labels", *(set(label_cols or []) - named.keys())}
     is_transformers = kind.library == "transformers"
@@ -865,6 +866,7 @@ def _generator(
             is_shift = ((shifted == answer) | (answer == PADDING)).all()
         if prompts and not is_shift:
             logger.warning("generate does not see %s; generate_kwargs may hold prompts.", prompts)
+        generate = lambda columns: own(**columns)
         generate = _compile_with_xla(generate) if use_xla else generate
     elif use_xla:
         logger.warning("use_xla_generation has no effect here, but compile(jit_compile=True) may.")
@@ -875,44 +877,44 @@ def _generator(
             given = dict(zip(names, given)) if isinstance(given, tuple) else {main: given}
         if isinstance(given, Mapping):
             given = {name: column for name, column in given.items() if name not in withheld}
-        if is_transformers:
-            made = generate(**given)
-            if isinstance(made, Mapping):  # beams give the parts of their steps in lists
-                made = {n: tuple(x) if isinstance(x, list) else x for n, x in made.items()}
-            return made
         if hasattr(model, "preprocessor") and isinstance(given, dict) and len(given) == 1:
             given = given.get("encoder_text", given)  # KerasHub takes a dict with decoder_text only
         if kind.backend != "tensorflow":  # which take arrays, but text as a tensor
             given = tf.nest.map_structure(lambda x: x if x.dtype == tf.string else x.numpy(), given)
-        return generate(given)
+        made = generate(given)
+        if is_transformers and isinstance(made, Mapping):  # beams list the parts of their steps
+            made = {n: tuple(x) if isinstance(x, list) else x for n, x in made.items()}
+        return made
 
     return generate_batch
 
 
-def _compile_with_xla(generate: Callable[..., Any]) -> Callable[..., Any]:
+def _compile_with_xla(generate: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Returns `generate` of transformers compiled with XLA, once for each width of the inputs.
 
     A smaller batch, such as the last, would cost a compilation of its own (2 s for a small T5). It
     is filled up to the largest batch of its width so far by repeating its last row; the surplus
     rows are dropped.
     """
-    # Tracing a small T5 takes 9 s with AutoGraph and 0.7 s without (transformers 4.57). GPT2 and
-    # Whisper, where Python's `if` and `while` decide on tensors, fail at once without.
-    ways = [tf.function(generate, jit_compile=True, autograph=each) for each in (False, True)]
-    largest: dict[Any, int] = {}  # batch so far, by the shape of an example
+    compiled: dict[Any, tuple[int, Any]] = {}  # the largest batch so far and its graph, by width
 
-    def generate_filled(**columns: Any) -> Any:
+    def generate_filled(columns: dict[str, Any]) -> Any:
         size = int(next(iter(columns.values())).shape[0])
-        width = tuple(tuple(part.shape[1:]) for part in columns.values())
-        full = largest[width] = max(largest.get(width, 0), size)
+        width = tuple((part.dtype, *part.shape[1:]) for part in columns.values())
+        full, graph = compiled.get(width, (0, None))
         if size < full:
             rows = np.minimum(np.arange(full), size - 1)  # the last one repeated
             columns = {name: tf.gather(part, rows) for name, part in columns.items()}
-        try:
-            generated = ways[0](**columns)
-        except TypeError:
-            ways[0] = ways[1]
-            generated = ways[0](**columns)
+        elif size > full:
+            # Tracing a small T5 takes 9 s with AutoGraph and 0.7 s without (transformers 4.57).
+            # GPT2 and Whisper, where Python's `if` decides on tensors, fail at once without.
+            way = functools.partial(tf.function, generate, jit_compile=True)
+            try:
+                graph = way(autograph=False).get_concrete_function(columns)
+            except TypeError:
+                graph = way(autograph=True).get_concrete_function(columns)
+            full, _ = compiled[width] = size, graph
+        generated = graph(columns)
         # (full * sequences per example, ...): generate may return several for each example
         return tf.nest.map_structure(lambda x: x.numpy()[: x.shape[0] * size // full], generated)
 
