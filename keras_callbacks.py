@@ -207,13 +207,6 @@ class KerasMetricCallback(_AnyKerasCallback):
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Rehearses an epoch's end with the first batch, which the first epoch evaluates again."""
         model = self.model
-        variables = model.variables if hasattr(_kind_of(model).keras, "ops") else []  # of Keras 3
-        kept = [each for each in variables if each.name == "seed_generator_state"]
-        layers = [model]
-        for layer in layers:  # which grows meanwhile
-            layers += getattr(layer, "layers", [])
-            kept.append(getattr(layer, "states", None))  # of recurrent ones
-        values = [(v, np.asarray(v)) for v in tf.nest.flatten(kept) if hasattr(v, "assign")]
         try:
             elements = filter(_has_examples, self.eval_dataset)
             read = list(itertools.islice(elements, 1))
@@ -230,9 +223,6 @@ class KerasMetricCallback(_AnyKerasCallback):
                 f"{type(error).__name__}: {error} (inputs in a tuple go by the order of the "
                 f"parameters of `call`, in a dict by name: {self.eval_dataset.element_spec})"
             ) from error
-        finally:
-            for variable, value in values:  # training goes on as without the rehearsal
-                variable.assign(value)
         self._prepared_for = self._settings()  # which the `generate` of Whisper changes itself
         # Data of unknown size may be such that can be read only once. Others are read anew: an
         # open iterator would lock a cache in a file, which `validation_data` may read as well.
@@ -271,12 +261,13 @@ class KerasMetricCallback(_AnyKerasCallback):
         labels: list[Any] = []
         generates = self.predict_with_generate
         token = _pad_token(self.model, self.generate_kwargs) if generates else PADDING
-        for element in elements:
-            labels.append(_to_numpy(_labels_of(element, self.label_cols)))
-            outputs = self._run(element)
-            if isinstance(outputs, Mapping) or not generates:
-                outputs = _select_outputs(self.model, outputs, self.output_cols)
-            predictions.append(_to_numpy(outputs, token, generates))
+        with _keeping_states(self.model):
+            for element in elements:
+                labels.append(_to_numpy(_labels_of(element, self.label_cols)))
+                outputs = self._run(element)
+                if isinstance(outputs, Mapping) or not generates:
+                    outputs = _select_outputs(self.model, outputs, self.output_cols)
+                predictions.append(_to_numpy(outputs, token, generates))
         if not predictions:
             raise ValueError(
                 "eval_dataset must give at least one batch, but it gave none. If it gave some "
@@ -382,20 +373,28 @@ class PushToHubCallback(_AnyKerasCallback):
         self._first_update: int | None = None  # of the optimizer in this `fit`, if it counts steps
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Starts history and counts anew, and refuses a model that could not be saved."""
+        """Starts history and counts anew, and refuses what could not be saved."""
         model, kind = self.model, _kind_of(self.model)
         self.training_history, self._epochs = [], {}
         counts = getattr(model, "steps_per_execution", 1) != 1 and model.optimizer is not None
         self._steps, self._first_update = 0, _count_updates(model) if counts else None
+        parts = [self.tokenizer]
         try:
             if kind.library == "transformers" and model.can_generate():  # a temperature alone, say
-                with tempfile.TemporaryDirectory() as folder:
-                    model.generation_config.save_pretrained(folder)
-            elif kind.library in ("keras", "tf-keras") and model.built:  # else it is too early
-                json.dumps(kind.keras.saving.serialize_keras_object(model))
+                parts.append(model.generation_config)
+            elif kind.library in ("keras", "tf-keras"):
+                try:
+                    json.dumps(kind.keras.saving.serialize_keras_object(model))
+                except Exception as error:  # a layer may not know its config before it is built
+                    if model.built or isinstance(error, NotImplementedError):
+                        raise
+            with tempfile.TemporaryDirectory() as folder:
+                for part, name in itertools.product(parts, SAVERS):
+                    if hasattr(part, name):
+                        getattr(part, name)(folder)
         except Exception as error:
             raise RuntimeError(
-                f"{type(model).__name__} could not be saved after training: "
+                f"{type(model).__name__} or its tokenizer could not be saved after training: "
                 f"{type(error).__name__}: {error}. Often a get_config is missing."
             ) from error
 
@@ -467,7 +466,7 @@ class PushToHubCallback(_AnyKerasCallback):
             if running is not None and not running.future.done() and not is_final:
                 return None
             upload = _Upload(
-                *(self._api, self.hub_model_id, self.output_dir, folder, names, message, is_final),
+                self._api, self.hub_model_id, self.output_dir, folder, names, message, is_final,
                 size=sum((folder / name).stat().st_size for name in names),
             )
             upload.future.set_running_or_notify_cancel()  # so that nobody can cancel it
@@ -733,6 +732,26 @@ def _kind_of(model: Any) -> _Kind:
     return _Kind(keras, backend, library, strategy, is_chief)
 
 
+@contextlib.contextmanager
+def _keeping_states(model: Any) -> Iterator[None]:
+    """Puts back what predictions change, so that training goes on as without them.
+
+    That is the random generators of Keras 3 and the states of recurrent layers.
+    """
+    variables = model.variables if hasattr(_kind_of(model).keras, "ops") else []
+    kept = [each for each in variables if each.name == "seed_generator_state"]
+    layers = [model]
+    for layer in layers:  # which grows meanwhile
+        layers += getattr(layer, "layers", [])
+        kept.append(getattr(layer, "states", None))
+    values = [(v, np.asarray(v)) for v in tf.nest.flatten(kept) if hasattr(v, "assign")]
+    try:
+        yield
+    finally:
+        for variable, value in values:
+            variable.assign(value)
+
+
 def _columns_taken(model: Any, inputs: Any) -> list[str]:
     """Returns the names of those input columns that a model takes; none for all, as they are.
 
@@ -761,9 +780,9 @@ def _predictor(model: Any, first: Any) -> Callable[[Any], Any]:
     batch, for `predict`, costs 6 to 9 times what the step does (Keras 3.15, tf_keras 2.21).
     """
     kind, (inputs, _) = _kind_of(model), _split(first)
-    own = {"predict", "predict_step", "make_predict_function"}  # but for Keras' and KerasHub's
     of_libraries = r"(tf_)?keras\.|keras_hub\..* predict$"
-    own = {n for n in own if not re.match(of_libraries, f"{getattr(model, n).__module__} {n}")}
+    methods = ("predict", "predict_step", "make_predict_function")
+    own = {n for n in methods if not re.match(of_libraries, f"{getattr(model, n).__module__} {n}")}
     columns = _columns_taken(model, inputs)
     lacks_labels, names = False, list(inspect.signature(model.call).parameters)
     if kind.library == "transformers" and model.can_generate():  # makes decoder inputs from labels
@@ -780,7 +799,7 @@ def _predictor(model: Any, first: Any) -> Callable[[Any], Any]:
             for variable, value in zip(groups[1], values):
                 variable.assign(value)
             return outputs
-        if not own:  # outside of replicas, which average BatchNormalization's statistics
+        if not own:  # on no replica, where BatchNormalization has statistics of its own
             with strategy.scope():
                 return step(data)
         outputs = strategy.run(step, (data,))  # each replica is given the whole batch
@@ -792,6 +811,7 @@ def _predictor(model: Any, first: Any) -> Callable[[Any], Any]:
     is_ready = model.built and all(isinstance(leaf, tf.Tensor) for leaf in leaves)
     if own - {"predict_step"} or kind.backend == "torch" or (is_jax and not is_ready):
         call = lambda data: model.predict(tf.data.Dataset.from_tensors(data), verbose=0)
+        prepare = None  # `predict` does it
     elif is_jax and model.jit_compile and not model.run_eagerly:
         step = sys.modules["jax"].jit(step)
     elif not is_jax and not model.run_eagerly:
@@ -859,11 +879,11 @@ def _generator(
         prompts = sorted(name for name in inputs if name.startswith("decoder_"))
         withheld = {*withheld, *prompts} - {main, "attention_mask"}
         withheld |= {"attention_mask"} if "input_ids" in withheld else set()
-        pair = [inputs.get("decoder_input_ids"), *tf.nest.flatten(_labels_of(first, label_cols))]
-        is_shift = all(isinstance(x, tf.Tensor) and x.shape == pair[0].shape for x in pair)
-        if is_shift:  # perhaps, as collators make them
-            shifted, answer = pair[0].numpy()[:, 1:], pair[1].numpy()[:, :-1]  # (examples, tokens)
-            is_shift = ((shifted == answer) | (answer == PADDING)).all()
+        given = [inputs.get("decoder_input_ids"), *tf.nest.flatten(_labels_of(first, label_cols))]
+        is_shift = all(isinstance(x, tf.Tensor) and x.shape == given[0].shape for x in given)
+        if is_shift:  # perhaps, as collators make them of the labels
+            shifted, answer = given[0].numpy()[:, 1:], given[1].numpy()[:, :-1]
+            is_shift = ((shifted == answer) | (answer == PADDING)).all()  # (examples, tokens - 1)
         if prompts and not is_shift:
             logger.warning("generate does not see %s; generate_kwargs may hold prompts.", prompts)
         generate = lambda columns: own(**columns)
@@ -1250,14 +1270,16 @@ class _Upload:
     def take_snapshot(self) -> None:
         """Copies the files of the save, which are links until now, and the user's.
 
-        The space for the next save is left free. Somebody may be writing or removing the user's:
-        they are left out where they cannot be copied, or have names that are not UTF-8.
+        The space for the next save is left free; the final one, which no other follows, stays
+        links. Somebody may be writing or removing the user's: they are left out where they cannot
+        be copied, or have names that are not UTF-8.
         """
         for replaced in self.folder.glob(f"{PRIVATE}*"):
             replaced.unlink(missing_ok=True)
         reserve = 0 if self.is_final else self.size + 2**21
-        ours, left_out, copied, self.names = self.names, [], self.folder / PRIVATE, []
-        for name in dict.fromkeys([*ours, *_list_files(self.output_dir, NEVER_PUSHED)]):
+        ours, left_out, copied = self.names, [], self.folder / PRIVATE
+        theirs = [n for n in _list_files(self.output_dir, NEVER_PUSHED) if n not in ours]
+        for name in theirs if self.is_final else ours + theirs:
             source = (self.folder if name in ours else self.output_dir) / name
             try:
                 name.encode()
@@ -1266,7 +1288,6 @@ class _Upload:
                 shutil.copyfile(source, copied)
                 (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(copied, self.folder / name)
-                self.names.append(name)
             except (OSError, UnicodeError) as error:
                 if name in ours:
                     raise
@@ -1274,6 +1295,7 @@ class _Upload:
                 left_out.append(f"{name!r} ({type(error).__name__}: {error})")
         if left_out:
             logger.warning("Not pushed, since it could not be copied: %s.", "; ".join(left_out))
+        self.names = _list_files(self.folder, [])
         self.size = sum((self.folder / name).stat().st_size for name in self.names)
 
     def commit(self) -> Any:

@@ -398,7 +398,6 @@ def free_addresses(count):
         return [f"127.0.0.1:{listen().getsockname()[1]}" for _ in range(count)]
 def own_model(keras, *functional, **methods):
     """A compiled model, functional or with a dense layer, whose weights stay the same in `fit`."""
-
     def train_step(self, *of):  # (data), or on JAX (state, data)
         return {"loss": 0.0} if len(of) == 1 else ({"loss": 0.0}, of[0])
     keras.utils.set_random_seed(7)
@@ -625,8 +624,7 @@ class TestRehearsal:  # one batch before the first epoch finds what cannot work 
             layers += [of.BatchNormalization(), drop, of.Dense(3, "softmax")]
             model = keras.Sequential([of.Input(batch_shape=(2, 4))] * is_built + layers)
             model.compile("adam", LOSS)
-            epochs = 1 if always_drops else 2  # evaluation draws and leaves states as well
-            options = {"epochs": epochs, "batch_size": 2, "callbacks": callbacks}
+            options = {"epochs": 2, "batch_size": 2, "callbacks": callbacks}
             return [fit_in_order(model, **options).history["loss"], *model.get_weights()]
         assert_equal(train(measuring([], batch_size=2)), train())
 
@@ -1342,9 +1340,8 @@ class TestCardIsTrue:
     @each("index", [0, -1], ids=["a row of a table", "an average of a normalization"])
     def test_every_variable_takes_part_in_telling_epochs_apart(self, keras, tmp_path, index):
         of, half = keras.layers, {"dtype": "bfloat16"}
-        layers = [of.Embedding(70_000, 2), of.Flatten(), of.Dense(3, **half)]
-        layers += [of.BatchNormalization()]
-        model = keras.Sequential([of.Input((1,)), *layers])
+        layers = [of.Input((1,)), of.Embedding(70_000, 2), of.Flatten(), of.Dense(3, **half)]
+        model = keras.Sequential([*layers, of.BatchNormalization()])
         push = pushing(tmp_path, save_strategy="no", **FACTS)
         begin(push, model, epochs=2)
         first, second = model.get_weights(), model.get_weights()
@@ -1638,27 +1635,26 @@ class TestSavingFails:
         assert_pushed(push)
         assert not leftovers(push.output_dir) and kc.RESCUED not in pushed(push)
 
-    @each("users_file", [None, "huge.bin"])
+    @each("taken, epochs", [(0, 3), (7_000_000, 3), (9_000_000, 0)])  # by a file of the user's
     def test_on_a_small_disk_training_goes_on_and_the_model_is_pushed(
-            self, tmp_path, caplog, users_file):
+            self, tmp_path, caplog, taken, epochs):
         mount = ["mount", "-t", "tmpfs", "-o", "size=18m", "tmpfs", str(tmp_path)]
         if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
             pytest.skip("needs the right to mount a disk of 18 MB")
         try:
             push, fault = pushing(tmp_path), hub.add_fault("commit", "wait")
             begin(push, big_model())
-            if users_file:
-                (push.output_dir / users_file).write_bytes(bytes(7_000_000))  # fits once, not twice
-            for epoch in range(3):
+            (push.output_dir / "huge.bin").write_bytes(bytes(taken))  # which fits once, not twice
+            for epoch in range(epochs):
                 push.on_epoch_end(epoch, {})
-                if users_file:  # a push beside the next save does not fit
+                if taken:  # a push beside the next save does not fit
                     assert "No space left" in str(push.last_job.exception(timeout=60))
-                assert users_file or fault.reached.wait(60)
+                assert taken or fault.reached.wait(60)
             fault.release.set()
-            concurrent.futures.wait([push.last_job], 60)
-            push.on_train_end()
-            assert_pushed(push)  # three were told, and that the file was left out in the end
-            assert [level for level, _ in logged(caplog)] == ["WARNING"] * (4 if users_file else 0)
+            push.on_train_end()  # the last save is not copied
+            (push.output_dir / "huge.bin").unlink(missing_ok=True)  # it was left out, as is told
+            assert_pushed(push)
+            assert [at for at, _ in logged(caplog)] == ["WARNING"] * (epochs + 1) * (taken > 0)
         finally:
             subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
@@ -1715,15 +1711,19 @@ class TestLastStateWins:
         assert_pushed(push)
 
 class TestWhatCannotBeSaved:
-    @each("part", ["layer", "schedule"])
+    @each("part", ["layer", "unbuilt layer", "schedule", "tokenizer"])
     def test_is_refused_before_the_first_batch(self, keras, tmp_path, part):
-        rate = keras.optimizers.schedules.ExponentialDecay(0.1, 1, 0.9)
+        rate, tokenizer = keras.optimizers.schedules.ExponentialDecay(0.1, 1, 0.9), Tokenizer()
         model = small_model(keras, keras.optimizers.Adam(rate))
-        stubborn = rate if part == "schedule" else model.layers[-1]
-        stubborn.get_config = raising(NotImplementedError("no config of mine"))
+        if "unbuilt" in part:
+            model = keras.Sequential([keras.layers.Dense(3)])
+            model.compile("adam", LOSS)
+        stubborn = {"schedule": rate, "tokenizer": tokenizer}.get(part, model.layers[-1])
+        method = "between" if part == "tokenizer" else "get_config"
+        setattr(stubborn, method, raising(NotImplementedError("no config of mine")))
         count = keras.callbacks.LambdaCallback(on_train_batch_begin=raising(AssertionError))
         with pytest.raises(RuntimeError, match="(?i)config|serial"):
-            fit_in_order(model, callbacks=[count, pushing(tmp_path)])
+            fit_in_order(model, callbacks=[count, pushing(tmp_path, tokenizer=tokenizer)])
         assert contents(tmp_path) == {}
 
     @BOTH
