@@ -738,12 +738,12 @@ def _keeping_states(model: Any) -> Iterator[None]:
 
     That is the random generators of Keras 3 and the states of recurrent layers.
     """
-    variables = model.variables if hasattr(_kind_of(model).keras, "ops") else []
-    kept = [each for each in variables if each.name == "seed_generator_state"]
-    layers = [model]
+    kept, layers = [], [model]
     for layer in layers:  # which grows meanwhile
         layers += getattr(layer, "layers", [])
         kept.append(getattr(layer, "states", None))
+    with contextlib.suppress(ValueError):  # tf_keras, before the model is built
+        kept += [v for v in model.variables if getattr(v, "name", "") == "seed_generator_state"]
     values = [(v, np.asarray(v)) for v in tf.nest.flatten(kept) if hasattr(v, "assign")]
     try:
         yield
@@ -1517,8 +1517,6 @@ def _model_card(
     for done, logs in sorted(rows.items()):
         table.append([str(done), *(f"{logs[c]:.4g}" if c in logs else "" for c in columns)])
     lines = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
-    replicas = kind.strategy.num_replicas_in_sync
-    setting = f"- distribution: {replicas} replicas\n" if replicas > 1 else ""
     versions = (f"{n} {sys.modules[n].__version__}" for n in PACKAGES if n in sys.modules)
     return f"""---
 {huggingface_hub.CardData(**metadata.to_dict() | kept | {KEPT: sorted(kept) or None}).to_yaml()}
@@ -1542,7 +1540,7 @@ Intended uses, limitations and data: more information needed.
 
 - precision: {model.dtype_policy.name}
 - epochs: {facts["epochs"] or "unknown"} of {facts["steps"] or "an unknown number of"} steps
-{setting}- optimizer:
+- optimizer:
 
 ```json
 {json.dumps(config, indent=2, default=plain)}
