@@ -583,8 +583,8 @@ def load_repo_checkpoint(
         raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
     here = _variables_of(model)
     optimizer: Any = getattr(model, "optimizer", None)
-    others = [[text for text in x if not text.startswith("optimizer ")] for x in (there, here)]
-    if there != [*here] and others[0] == others[1] and hasattr(optimizer, "build"):
+    is_unlike = {*there} != {*here} and hasattr(optimizer, "build")
+    if is_unlike and all(text.startswith("optimizer ") for text in {*there} ^ {*here}):
         with _kind_of(model).strategy.scope():  # it may have no state yet
             optimizer.build(model.trainable_variables)
         here = _variables_of(model)
@@ -996,7 +996,7 @@ def _to_numpy(batch: Any, token: int = PADDING, is_generated: bool = False) -> A
 
 
 def _padding_of(column: Any, token: int) -> int:
-    """Returns what pads integers in the column of this name: masks with 0."""
+    """Returns what pads the column of this name: masks with False, which is 0 in any dtype."""
     return False if str(column).endswith("mask") else token
 
 
