@@ -75,21 +75,23 @@ Row = dict[str, "int | float"]  # the logs of one epoch
 PADDING = -100  # what collators pad labels with, and what losses ignore
 FIRST_WAIT = 1.0  # seconds before the second attempt; doubles with each further one
 LONGEST_WAIT = 30.0  # seconds between two attempts, unless the Hub asks for more
-CREATION_SECONDS = 10.0  # how long what is no push is attempted again after its first failure
-BACKGROUND_SECONDS = 60.0  # the same for a push while training goes on
-FINAL_SECONDS = 300.0  # the same for the push of the final state
-SLOWEST_LINK = 100_000  # bytes a second that the wait for the final push allows for
+CREATION_SECONDS = 10.0  # how long requests are retried after their first failure
+BACKGROUND_SECONDS = 60.0  # the same for those of a push while training goes on
+FINAL_SECONDS = 300.0  # the same for those of the final push
+SLOWEST_LINK = 100_000  # bytes per second: the slowest upload that the final wait allows for
 MISSING = (hub_utils.EntryNotFoundError, hub_utils.RepositoryNotFoundError)
 CARD = "README.md"
 CHECKPOINT = "checkpoint/state.weights.h5"
-STATE, LEFT_OUT = "keras_callbacks/state", "keras_callbacks/variables"  # what we add to that
+STATE, LEFT_OUT = "keras_callbacks/state", "keras_callbacks/variables"  # in it, added by us
 RESCUED = "rescued.weights.h5"  # of a model that could not be saved
-PRIVATE = ".keras_callbacks-"  # how the hidden folders begin in which saves are written and copied
+PRIVATE = ".keras_callbacks-"  # prefix of the hidden folders where saves are written and copied
 NEVER_PUSHED = [  # hidden files and files that may hold a secret, at any depth of output_dir
+    # k becomes [kK], since patterns of huggingface_hub distinguish cases.
     before + re.sub("[a-z]", lambda letter: f"[{letter[0]}{letter[0].upper()}]", name) + after
     for name in f"""
         .* *.env *.pem *.key *.p12 *.pfx *.ppk id_rsa* id_dsa* id_ecdsa* id_ed25519* credentials*
-        client_secret* kaggle.json token token.txt stored_tokens _netrc {RESCUED}
+        client_secret* secret.* secrets.* service?account* password* *api?key* kaggle.json token
+        token.txt *_token.txt stored_tokens _netrc {RESCUED}
     """.split()
     for before, after in itertools.product(("", "*/"), ("", "/*"))
 ]
@@ -116,8 +118,7 @@ class _AnyKerasCallback(tf.keras.callbacks.Callback):  # type: ignore[misc]
     def _implements_train_batch_hooks(self) -> bool:
         return getattr(self, "save_strategy", None) == IntervalStrategy.STEPS
 
-    _implements_test_batch_hooks = _implements_train_batch_hooks
-    _implements_predict_batch_hooks = _implements_train_batch_hooks
+    _implements_test_batch_hooks = _implements_predict_batch_hooks = lambda self: False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Copies the callback alone: neither tf.data pipelines nor uploads can be copied."""
@@ -129,8 +130,8 @@ class KerasMetricCallback(_AnyKerasCallback):
 
     Unlike Keras' own metrics, `metric_fn` sees the whole evaluation set at once, as NumPy arrays,
     and may use any library, as for ROUGE or macro-F1. History, the progress bar and the callbacks
-    listed after this one see the results. When training begins, the first batch goes the way of
-    each epoch's, without `metric_fn`: what model, data and arguments cannot do together is refused.
+    listed after this one see the results. When training begins, the first batch is evaluated once
+    without `metric_fn`: what model, data and arguments cannot do together is refused at once.
 
     ```python
     def macro_f1(predictions, labels):  # (examples, classes) float32, (examples,) int64
@@ -159,8 +160,8 @@ class KerasMetricCallback(_AnyKerasCallback):
             sample_weight)`. It has to end, and is read once per epoch; of unknown size, it stays
             open through the first one, so that `cache(filename)` of it serves this callback alone.
         output_cols: Names of the model's outputs to keep, when it returns a dict. Defaults to all
-            but "loss" and what the model's configuration ignores at inference. Has no effect on
-            `generate` that returns nothing but tokens.
+            but "loss" and what the model's configuration ignores at inference. Has no effect
+            where `generate` returns nothing but tokens.
         label_cols: Names of columns of the labels or of the inputs to use as labels; an empty list
             for none. Defaults to the labels of a tuple; of a dict, to the column "labels", else to
             "start_positions" and "end_positions". Generation does not see the columns of the inputs
@@ -261,13 +262,20 @@ class KerasMetricCallback(_AnyKerasCallback):
         labels: list[Any] = []
         generates = self.predict_with_generate
         token = _pad_token(self.model, self.generate_kwargs) if generates else PADDING
-        with _keeping_states(self.model):
+        # Random generators of Keras 3 and recurrent layers go on from where training has left them.
+        parts, names = _parts_of(self.model).values(), ("state", "states")
+        states = tf.nest.flatten([getattr(part, n, None) for *_, part in parts for n in names])
+        values = [(state, np.asarray(state)) for state in states if hasattr(state, "assign")]
+        try:
             for element in elements:
                 labels.append(_to_numpy(_labels_of(element, self.label_cols)))
                 outputs = self._run(element)
                 if isinstance(outputs, Mapping) or not generates:
                     outputs = _select_outputs(self.model, outputs, self.output_cols)
                 predictions.append(_to_numpy(outputs, token, generates))
+        finally:
+            for state, value in values:
+                state.assign(value)
         if not predictions:
             raise ValueError(
                 "eval_dataset must give at least one batch, but it gave none. If it gave some "
@@ -285,7 +293,7 @@ class PushToHubCallback(_AnyKerasCallback):
     Uploads run in the background, and training goes on; saves made during an upload stay local, and
     the next save after it is pushed. When training ends the final state is pushed and awaited.
     Whatever the Hub does, `fit` goes on, and `output_dir` holds the newest save, each file whole.
-    What is pushed is copied first: a push that would leave no space for the next save is left out.
+    Uploads read copies: a push that would leave no space for the next save is left out.
     List it after callbacks whose metrics the card is to have, and whose weights it is to save.
 
     ```python
@@ -295,14 +303,15 @@ class PushToHubCallback(_AnyKerasCallback):
 
     Args:
         output_dir: The folder that holds the newest save and is kept in sync with the repository.
-            It may exist and hold other files; they are pushed too, except hidden ones and those
-            named like secrets (`NEVER_PUSHED`). A save replaces files that are named as its own.
+            It may exist and hold other files; they are pushed too (of links to files what they
+            point to), except hidden ones and those named like secrets (`NEVER_PUSHED`). A save
+            replaces files that are named as its own.
         save_strategy: "epoch" saves at the end of each epoch, "steps" every `save_steps` batches,
             "no" only when training ends, which the other two do as well. Defaults to "epoch".
         save_steps: Batches between saves, counted over the whole `fit`. Needed for "steps".
         tokenizer: A tokenizer or processor to save beside the model. Defaults to none.
         hub_model_id: The repository, "name" or "owner/name". Defaults to the name of `output_dir`.
-            Unless it exists it is made, public where the account or organization says nothing else.
+            Created if missing, public unless the account or the organization sets otherwise.
         hub_token: The token to push with. Defaults to the one that `hf auth login` stored.
         checkpoint: Whether the end of each epoch also saves what `load_repo_checkpoint` needs to
             resume: weights, state of the optimizers, epoch. Only with "epoch". Defaults to False.
@@ -320,8 +329,8 @@ class PushToHubCallback(_AnyKerasCallback):
         OSError: `output_dir` is a file (NotADirectoryError), or cannot be written.
         huggingface_hub.utils.HfHubHTTPError: The Hub refuses the token or the repository.
         ConnectionError: The Hub cannot be reached.
-        RuntimeError: The model cannot be saved (raised when training begins if that can be known
-            then), or a save could not be written during `fit`.
+        RuntimeError: Model or tokenizer cannot be saved (raised when training begins if that can
+            be known then), or a save could not be written during `fit`.
     """
 
     def __init__(
@@ -368,8 +377,8 @@ class PushToHubCallback(_AnyKerasCallback):
         self._url = f"{api.endpoint}/{self.hub_model_id}"
         self.training_history: list[Row] = []
         self.last_job: concurrent.futures.Future[Any] | None = None
-        self._epochs: dict[Any, int] = {}  # the first one that ended with weights, by their bits
-        self._steps = 0  # trained in this `fit`
+        self._epochs: dict[Any, int] = {}  # first one that ended with these weights, by fingerprint
+        self._steps = 0  # batches trained in this `fit`
         self._first_update: int | None = None  # of the optimizer in this `fit`, if it counts steps
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
@@ -380,8 +389,8 @@ class PushToHubCallback(_AnyKerasCallback):
         self._steps, self._first_update = 0, _count_updates(model) if counts else None
         parts = [self.tokenizer]
         try:
-            if kind.library == "transformers" and model.can_generate():  # a temperature alone, say
-                parts.append(model.generation_config)
+            if kind.library == "transformers" and model.can_generate():
+                parts.append(model.generation_config)  # refuses a temperature without sampling, say
             elif kind.library in ("keras", "tf-keras"):
                 try:
                     json.dumps(kind.keras.saving.serialize_keras_object(model))
@@ -395,7 +404,7 @@ class PushToHubCallback(_AnyKerasCallback):
         except Exception as error:
             raise RuntimeError(
                 f"{type(model).__name__} or its tokenizer could not be saved after training: "
-                f"{type(error).__name__}: {error}. Often a get_config is missing."
+                f"{type(error).__name__}: {error} (often a get_config is missing)"
             ) from error
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
@@ -404,7 +413,7 @@ class PushToHubCallback(_AnyKerasCallback):
         _history[self.model] = {n: rows[n] for n in rows if n < epoch}
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Saves when `save_steps` more batches are trained."""
+        """Saves after every `save_steps` batches."""
         if self.save_strategy != IntervalStrategy.STEPS:
             return
         before, self._steps = self._steps, self._steps + 1
@@ -418,8 +427,8 @@ class PushToHubCallback(_AnyKerasCallback):
         """Records the logs and, with "epoch", saves."""
         row = _numbers_in(logs or {})
         self.training_history.append(row)
-        self.on_epoch_begin(epoch)  # which loops of one's own may leave out
-        _history[self.model][epoch] = row
+        rows = _history.get(self.model, {})
+        _history[self.model] = {n: rows[n] for n in rows if n < epoch} | {epoch: row}
         # Another callback may have put back the weights of an earlier epoch, or averaged them: the
         # EarlyStopping of Keras 2.15 does so before the last epoch's end is seen here.
         if weights := _fingerprint(self.model):
@@ -440,7 +449,8 @@ class PushToHubCallback(_AnyKerasCallback):
         """Writes a save, puts it into `output_dir` and returns its upload, unless another one runs.
 
         Every process of a distributed training writes, since saving and reading metrics can be
-        collective; the chief alone publishes and pushes. `epoch` ended with these weights.
+        collective; the chief alone publishes and pushes. `epoch` is the one that ended with these
+        weights, None if there is none.
         """
         self.output_dir.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
         with contextlib.ExitStack() as stack:
@@ -464,7 +474,7 @@ class PushToHubCallback(_AnyKerasCallback):
                 ) from error
             running = _uploads.get(self.hub_model_id)
             if running is not None and not running.future.done() and not is_final:
-                return None
+                return None  # this save stays local, the next one is pushed
             upload = _Upload(
                 self._api, self.hub_model_id, self.output_dir, folder, names, message, is_final,
                 size=sum((folder / name).stat().st_size for name in names),
@@ -494,8 +504,8 @@ class PushToHubCallback(_AnyKerasCallback):
                     "The final state could not be pushed to %s: %s. It is complete in %s; push it "
                     "with:\nhuggingface_hub.HfApi().upload_folder(repo_id=%r, folder_path=%r, "
                     "ignore_patterns=%s.NEVER_PUSHED)",
-                    *(self._url, _diagnose(error)[0], self.output_dir),
-                    *(self.hub_model_id, str(self.output_dir), __name__),
+                    self._url, _diagnose(error)[0], self.output_dir, self.hub_model_id,
+                    str(self.output_dir), __name__,
                 )
             else:
                 say(f"Pushed: {future.result().commit_url}")
@@ -596,7 +606,7 @@ def load_repo_checkpoint(
             "Optimizers other than model.optimizer, and those without `build`, are built by one "
             "training step: then load."
         )
-    model.built = True  # a GAN: Keras 3.15 asks for a call of it
+    model.built = True  # Keras 3.15 refuses what was never called, such as a GAN
     model.load_weights(str(file))
     with h5py.File(file) as opened:
         for number, (variable, is_left_out) in enumerate(here.values()):
@@ -732,24 +742,31 @@ def _kind_of(model: Any) -> _Kind:
     return _Kind(keras, backend, library, strategy, is_chief)
 
 
-@contextlib.contextmanager
-def _keeping_states(model: Any) -> Iterator[None]:
-    """Puts back what predictions change, so that training goes on as without them.
+def _parts_of(model: Any) -> dict[int, tuple[str, str, Any]]:
+    """Returns all that a model, its layers and their lists, tuples and dicts hold, by id.
 
-    That is the random generators of Keras 3 and the states of recurrent layers.
+    Each part is its place, such as "model (Sequential).dense", the class or the given name of the
+    layer that holds it, and itself.
     """
-    kept, layers = [], [model]
-    for layer in layers:  # which grows meanwhile
-        layers += getattr(layer, "layers", [])
-        kept.append(getattr(layer, "states", None))
-    with contextlib.suppress(ValueError):  # tf_keras, before the model is built
-        kept += [v for v in model.variables if getattr(v, "name", "") == "seed_generator_state"]
-    values = [(v, np.asarray(v)) for v in tf.nest.flatten(kept) if hasattr(v, "assign")]
-    try:
-        yield
-    finally:
-        for variable, value in values:
-            variable.assign(value)
+    found: dict[int, tuple[str, str, Any]] = {}
+    parts = [("model", "", model), ("optimizer", "", getattr(model, "optimizer", None))]
+    for place, layer, value in parts:  # which grows meanwhile
+        if id(value) in found:
+            continue
+        found[id(value)] = place, layer, value
+        inside: Iterable[tuple[Any, Any]] = ()
+        if hasattr(value, "count_params"):  # a layer
+            of_class = type(value).__name__
+            words = [re.sub(r"[_\d]", "", each).lower() for each in (of_class, value.name)]
+            is_automatic = words[0] == words[1]  # such names count on in a process: dense_1
+            place, layer = f"{place} ({of_class})", of_class if is_automatic else repr(value.name)
+            inside = vars(value).items()
+        elif isinstance(value, (Mapping, list, tuple)):
+            inside = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for name, part in inside:
+            if not isinstance(part, (str, int, float)):  # of which lists may be long
+                parts.append((f"{place}.{name}", layer, part))
+    return found
 
 
 def _columns_taken(model: Any, inputs: Any) -> list[str]:
@@ -799,14 +816,14 @@ def _predictor(model: Any, first: Any) -> Callable[[Any], Any]:
             for variable, value in zip(groups[1], values):
                 variable.assign(value)
             return outputs
-        if not own:  # on no replica, where BatchNormalization has statistics of its own
+        if not own:  # outside replicas: each has BatchNormalization statistics of its own
             with strategy.scope():
                 return step(data)
         outputs = strategy.run(step, (data,))  # each replica is given the whole batch
         return tf.nest.map_structure(lambda x: strategy.experimental_local_results(x)[0], outputs)
 
     call = run
-    # Keras builds a model, and takes None, sparse and ragged tensors to JAX.
+    # `predict` builds a model, and converts None, sparse and ragged tensors for JAX.
     leaves = tf.nest.flatten(first if own else inputs)
     is_ready = model.built and all(isinstance(leaf, tf.Tensor) for leaf in leaves)
     if own - {"predict_step"} or kind.backend == "torch" or (is_jax and not is_ready):
@@ -830,7 +847,7 @@ def _predictor(model: Any, first: Any) -> Callable[[Any], Any]:
             inputs = {**inputs, "labels": answer}
         elif columns:
             inputs = {name: inputs[name] for name in columns}
-        return call((inputs,) if isinstance(inputs, tuple) else inputs)  # a tuple costs 6%
+        return call((inputs,) if isinstance(inputs, tuple) else inputs)  # around all: costs 6%
 
     return predict_batch
 
@@ -879,11 +896,12 @@ def _generator(
         prompts = sorted(name for name in inputs if name.startswith("decoder_"))
         withheld = {*withheld, *prompts} - {main, "attention_mask"}
         withheld |= {"attention_mask"} if "input_ids" in withheld else set()
-        given = [inputs.get("decoder_input_ids"), *tf.nest.flatten(_labels_of(first, label_cols))]
-        is_shift = all(isinstance(x, tf.Tensor) and x.shape == given[0].shape for x in given)
-        if is_shift:  # perhaps, as collators make them of the labels
-            shifted, answer = given[0].numpy()[:, 1:], given[1].numpy()[:, :-1]
-            is_shift = ((shifted == answer) | (answer == PADDING)).all()  # (examples, tokens - 1)
+        shifted, answer = inputs.get("decoder_input_ids"), _labels_of(first, label_cols)
+        both = [shifted, *tf.nest.flatten(answer)]
+        is_shift = all(isinstance(x, tf.Tensor) and x.shape == shifted.shape for x in both)
+        if is_shift:  # perhaps, as collators make them of the labels: (examples, tokens)
+            shifted, answer = shifted.numpy()[:, 1:], both[1].numpy()[:, :-1]
+            is_shift = ((shifted == answer) | (answer == PADDING)).all()
         if prompts and not is_shift:
             logger.warning("generate does not see %s; generate_kwargs may hold prompts.", prompts)
         generate = lambda columns: own(**columns)
@@ -1021,7 +1039,7 @@ def _concatenate(batches: list[Any], token: int = PADDING) -> Any:
         for name in {"scores", "logits"} & first.keys():  # of each step; generation may end early
             if isinstance(first[name], tuple):
                 steps = max(len(batch[name]) for batch in batches)
-                for each in batches:  # a step without scores, which are padded
+                for each in batches:  # steps of shape (examples, 0), to be padded
                     each[name] += (each[name][0][:, :0],) * (steps - len(each[name]))
         tokens = {name: _padding_of(name, token) for name in first}
         return {n: _concatenate([batch.pop(n) for batch in batches], tokens[n]) for n in tokens}
@@ -1095,7 +1113,7 @@ def _count_updates(model: Any) -> int:
     With several steps in one execution the batch index that callbacks get is too high in the last
     execution of an epoch, and of endless data more than `steps_per_epoch` are trained.
     """
-    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)  # of a loss scale
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)  # in a loss scale's
     in_each = getattr(optimizer, "gradient_accumulation_steps", None) or 1
     return int(np.asarray(optimizer.iterations)) * in_each
 
@@ -1126,7 +1144,7 @@ def _publish(folder: Path, output_dir: Path, known: set[str]) -> list[str]:
         (output_dir / name).parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(OSError):  # no file there yet, or a disk without links
             os.link(folder / name, link)
-            # The old one lives on for the upload to remove: to free 256 MiB takes ext4 0.05 s.
+            # Keeps the old file until the upload removes it: to free 256 MiB takes ext4 0.05 s.
             os.link(output_dir / name, f"{link}{number}")
         if not link.exists():
             shutil.copyfile(folder / name, link)
@@ -1144,39 +1162,25 @@ def _variables_of(model: Any) -> dict[str, tuple[Any, bool]]:
     and optimizers in lists in dicts, and in Keras 3.15 what is no weight, as the states of random
     generators, and layers with LoRA, whose matrices are merged into the kernel.
     """
-    keras, optimizer = _kind_of(model).keras, getattr(model, "optimizer", None)
+    keras, parts = _kind_of(model).keras, _parts_of(model)
     kept, trained = ({id(x) for x in own} for own in (model.weights, model.trainable_variables))
-    states: dict[str, tuple[Any, bool]] = {}  # of optimizers
-    seen: dict[int, str] = {}  # places by id
-    places: list[tuple[str, str, Any]] = [("model", "", model), ("optimizer", "", optimizer)]
-    for place, layer, value in places:  # which grows meanwhile
-        if id(value) in seen:
-            continue
-        seen[id(value)], of_class = f"{place} of {layer}", type(value).__name__
-        inside: Iterable[tuple[Any, Any]] = ()
-        if isinstance(value, keras.layers.Layer):
-            words = [re.sub(r"[_\d]", "", each).lower() for each in (of_class, value.name)]
-            is_automatic = words[0] == words[1]  # such names count on in a process: dense_1
-            place, layer = f"{place} ({of_class})", of_class if is_automatic else repr(value.name)
-            inside = vars(value).items()
-            if getattr(value, "lora_enabled", False):
-                kept -= {id(each) for each in value.variables}
-        elif hasattr(value, "apply_gradients"):
+    states: dict[str, tuple[Any, bool]] = {}
+    for place, _, value in parts.values():
+        if getattr(value, "lora_enabled", False):
+            kept -= {id(each) for each in value.variables}
+        elif hasattr(value, "apply_gradients"):  # an optimizer
+            place = f"{place} ({type(value).__name__})"
             own = value.variables() if callable(value.variables) else value.variables
-            is_kept = hasattr(keras, "ops") or value is optimizer and hasattr(value, "build")
+            is_kept = hasattr(keras, "ops") or value is model.optimizer and hasattr(value, "build")
             for n, each in enumerate(own):
-                states[f"{place} ({of_class}).{n}, {each.shape}"] = each, not is_kept
+                states[f"{place}.{n}, {each.shape}"] = each, not is_kept
             if hasattr(rate := getattr(value, "learning_rate", None), "assign"):
-                states[f"{place} ({of_class}).learning_rate"] = rate, True
-        elif isinstance(value, (Mapping, list, tuple)):
-            inside = value.items() if isinstance(value, Mapping) else enumerate(value)
-        data = (str, int, float)  # of which lists may be long
-        inside = ((name, part) for name, part in inside if not isinstance(part, data))
-        places += [(f"{place}.{name}", layer, part) for name, part in inside]
+                states[f"{place}.learning_rate"] = rate, True
     found: dict[str, tuple[Any, bool]] = {}
     for n, each in enumerate(model.variables):  # in the order that optimizers go by
-        place, shape = seen.get(id(each), f"variable {n}"), getattr(each, "shape", None)
-        found[f"{place}, {shape}, trained: {id(each) in trained}"] = each, id(each) not in kept
+        place, layer, _ = parts.get(id(each), (f"variable {n}", "no layer", None))
+        text = f"{place} of {layer}, {getattr(each, 'shape', None)}, trained: {id(each) in trained}"
+        found[text] = each, id(each) not in kept
     return found | states
 
 
@@ -1187,7 +1191,7 @@ def _write_checkpoint(model: Any, rows: dict[int, Row], file: Path) -> None:
     limits attributes), the logs by epoch and descriptions of all variables and arrays.
     """
     variables = _variables_of(model)
-    model.built = True  # a GAN: Keras 3.15 asks for a call of it
+    model.built = True  # Keras 3.15 refuses what was never called, such as a GAN
     model.save_weights(str(file))
     with h5py.File(file, "a") as opened:
         for number, (variable, is_left_out) in enumerate(variables.values()):
@@ -1239,9 +1243,8 @@ class _Upload:
         """Logs that a push failed, but for the final one, which is reported elsewhere."""
         if not self.is_final and not self.stop.is_set():
             logger.warning(
-                '"%s" was not pushed to %s/%s: %s. It is complete in %s; the next is pushed.',
-                *(self.message, self.api.endpoint, self.repo_id, _diagnose(error)[0]),
-                self.output_dir,
+                '"%s" was not pushed to %s/%s: %s. It, or a later save, is complete in %s.',
+                self.message, self.api.endpoint, self.repo_id, _diagnose(error)[0], self.output_dir,
             )
         self.future.set_exception(error)
 
@@ -1349,7 +1352,7 @@ def _open_repo(api: Any, name: str, output_dir: Path) -> tuple[str, set[str], di
         logger.warning(
             "Files in %s that will be pushed to %s/%s with each save, or replaced by files of a "
             "save that have their names: %d, such as %s.",
-            *(output_dir, api.endpoint, repo_id, len(new), ", ".join(new[:5])),
+            output_dir, api.endpoint, repo_id, len(new), ", ".join(new[:5]),
         )
     return repo_id, files, kept
 
@@ -1395,16 +1398,16 @@ def _diagnose(error: BaseException) -> tuple[str, float, bool]:
     chain: list[Any] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) not in (None, *chain):
         chain.append(cause)
-    texts = dict.fromkeys(f"{type(each).__name__}: {each}" for each in (error, chain[-1]))
-    text = " ".join(" because of ".join(texts).split())
+    text, root = (" ".join(f"{type(x).__name__}: {x}".split()) for x in (error, chain[-1]))
+    text = text if root in text else f"{text} because of {root}"
     responses = [each.response for each in chain if getattr(each, "response", None) is not None]
     if responses:  # of an LFS upload it is in a cause
         status, headers = responses[0].status_code, responses[0].headers
         if status not in TRANSIENT and status < 500:
             return text, math.inf, False
-        limits = f"r=0;t={headers.get('Retry-After')} {headers.get('RateLimit')}"
-        asked = re.search(r"r=0;t=(\d+)", limits)  # nothing remains for so long
-        return text, float(asked[1]) if asked else 0.0, False
+        asked = re.match(r"\d+", headers.get("Retry-After", ""))
+        asked = asked or re.search(r"(?<=r=0;t=)\d+", headers.get("RateLimit", ""))  # r: remaining
+        return text, float(asked[0]) if asked else 0.0, False
     names = {cls.__name__ for each in chain for cls in type(each).__mro__}
     is_network = bool(names & NETWORK_ERRORS) and "OfflineModeIsEnabled" not in names
     return text, 0.0 if is_network else math.inf, is_network
@@ -1425,7 +1428,7 @@ _warn_once = functools.cache(logger.warning)
 
 
 def _kept_metadata(card: Path) -> dict[str, Any] | None:
-    """Returns what ours is to keep of a card that may exist; None for a human's, which stays.
+    """Returns the metadata to keep of a card that may exist; None if a human wrote it.
 
     Of metadata alone, such as the website makes of a licence, all is kept, and for good.
     """
@@ -1477,7 +1480,7 @@ def _model_card(
     first = {key: next(iter(lists[key]), "") for key in lists}
     name, base, tasks = facts["repo_id"].split("/")[-1], first["finetuned_from"], lists["tasks"]
     guess = str(getattr(getattr(model, "config", None), "name_or_path", None) or "")
-    if not base and not Path(guess).exists():  # "" is the working folder
+    if not base and not Path(guess).exists():  # Path("") is ".", which exists
         base = guess
     own = {"loss", "lr", "learning_rate", "val_loss"}
     with contextlib.suppress(ValueError):  # outside `fit` they may have no result yet
@@ -1486,7 +1489,7 @@ def _model_card(
     dataset = first["dataset"] or first["dataset_tags"]
     evaluations = [
         huggingface_hub.EvalResult(
-            *(task, first["dataset_tags"] or dataset, dataset, metric, value),
+            task, first["dataset_tags"] or dataset, dataset, metric, value,
             dataset_config=first["dataset_args"] or None,
             metric_name=metric,
         )
@@ -1507,9 +1510,9 @@ def _model_card(
     summary, data = f"A {type(model).__name__}", " and ".join(lists["dataset"])
     summary += f", fine-tuned from {_as_text(base)}" if base else ""
     summary += f", trained on {_as_text(data)}" if data else ""
-    known = "The results of exactly these weights are not known."
+    note = "The results of exactly these weights are not known."
     if epoch is not None:
-        known = f"Results of epoch {epoch}, at whose end the weights were exactly these, are below."
+        note = f"Results of epoch {epoch}, at whose end the weights were exactly these, are below."
     config = {"class_name": type(optimizer).__name__, **optimizer.get_config()} if optimizer else {}
     plain = lambda x: x.item() if hasattr(x, "item") else str(x)  # NumPy's numbers
     columns = list(dict.fromkeys(itertools.chain(*rows.values())))
@@ -1526,7 +1529,7 @@ def _model_card(
 
 # {_as_text(name)}
 
-{summary}. {known}
+{summary}. {note}
 
 Intended uses, limitations and data: more information needed.
 

@@ -37,7 +37,6 @@ import types
 import urllib.parse
 
 HERE = pathlib.Path(__file__).resolve().parent
-
 # The stand-in Hub ----------------------------------------------------------------------------
 class Hub:
     """Repositories in memory behind an HTTP server on loopback."""
@@ -620,12 +619,15 @@ class TestRehearsal:  # one batch before the first epoch finds what cannot work 
             of, drop = keras.layers, keras.layers.Dropout(0.5)
             if always_drops:  # in predictions too
                 drop.call = lambda x, training=None: type(drop).call(drop, x, training=True)
-            layers = [of.Reshape((2, 2)), keras.Sequential([of.LSTM(8, stateful=is_built)])]
-            layers += [of.BatchNormalization(), drop, of.Dense(3, "softmax")]
+            build = lambda self, shape: self.inner.build((shape[0], 1, shape[1]))
+            own = {"call": lambda self, x: self.inner(x[:, None]), "build": build, "layers": 2}
+            block = type("Block", (of.Layer,), own)()  # such an attribute may be anything
+            block.inner = of.LSTM(8, stateful=is_built)
+            layers = [block, of.BatchNormalization(), drop, of.Dense(3, "softmax")]
             model = keras.Sequential([of.Input(batch_shape=(2, 4))] * is_built + layers)
             model.compile("adam", LOSS)
-            options = {"epochs": 2, "batch_size": 2, "callbacks": callbacks}
-            return [fit_in_order(model, **options).history["loss"], *model.get_weights()]
+            fit = fit_in_order(model, epochs=2, batch_size=2, callbacks=callbacks)
+            return [fit.history["loss"], *model.get_weights()]
         assert_equal(train(measuring([], batch_size=2)), train())
 
 class TestPredictions:  # outputs equal those of Keras' own predict, or NumPy written out
@@ -944,7 +946,8 @@ class TestPushedFiles:  # of output_dir and of the repository, to which others w
     SECRETS = """
         .env .netrc .git/config my.pem my.key prod.env kaggle.json credentials.json
         credentials.d/a.txt token token.txt stored_tokens _netrc client_secret_1.json id_rsa
-        id_rsa.pub id_ed25519 my.p12 my.pfx .keras_callbacks-1/x rescued.weights.h5
+        id_rsa.pub id_ed25519 my.p12 my.pfx .keras_callbacks-1/x rescued.weights.h5 secrets.toml
+        service_account.json passwords.txt hf_token.txt API_key.txt
     """.split()
 
     def test_no_credentials_nor_caches_are_pushed_by_us_or_by_hand(self, push, caplog):
@@ -1462,10 +1465,7 @@ def clock(monkeypatch):
     for name, value in limits.items():
         monkeypatch.setattr(kc, name, value)
     return kc._clock
-def raising(error):
-    def fail(*args, **options):
-        raise error
-    return fail
+raising = lambda error: lambda *of, **options: (_ for _ in ()).throw(error)
 def once_training_waits(action):
     """Calls the action, in a thread, when the main thread waits in on_train_end for something."""
     def run(main=threading.main_thread().ident, looks=0):
