@@ -293,7 +293,7 @@ class PushToHubCallback(_AnyKerasCallback):
     Uploads run in the background, and training goes on; saves made during an upload stay local, and
     the next save after it is pushed. When training ends the final state is pushed and awaited.
     Whatever the Hub does, `fit` goes on, and `output_dir` holds the newest save, each file whole.
-    Uploads read copies: a push that would leave no space for the next save is left out.
+    While training goes on, a push that would leave no space for the next save is left out.
     List it after callbacks whose metrics the card is to have, and whose weights it is to save.
 
     ```python
