@@ -881,8 +881,8 @@ def _generator(
     of transformers, "decoder_...". The mask of a text goes where the text goes.
     """
     kind, (inputs, labels) = _kind_of(model), _split(first)
-    own: Callable[..., Any] = functools.partial(model.generate, **generate_kwargs)
-    generate = own
+    configured: Callable[..., Any] = functools.partial(model.generate, **generate_kwargs)
+    generate = configured
     named = labels if isinstance(labels, Mapping) else {}
     withheld = {"labels", *(set(label_cols or []) - named.keys())}
     is_transformers = kind.library == "transformers"
@@ -904,7 +904,7 @@ def _generator(
             is_shift = ((shifted == answer) | (answer == PADDING)).all()
         if prompts and not is_shift:
             logger.warning("generate does not see %s; generate_kwargs may hold prompts.", prompts)
-        generate = lambda columns: own(**columns)
+        generate = lambda columns: configured(**columns)
         generate = _compile_with_xla(generate) if use_xla else generate
     elif use_xla:
         logger.warning("use_xla_generation has no effect here, but compile(jit_compile=True) may.")
@@ -951,7 +951,8 @@ def _compile_with_xla(generate: Callable[[Any], Any]) -> Callable[[Any], Any]:
                 graph = way(autograph=False).get_concrete_function(columns)
             except TypeError:
                 graph = way(autograph=True).get_concrete_function(columns)
-            full, _ = compiled[width] = size, graph
+            full = size
+            compiled[width] = full, graph
         generated = graph(columns)
         # (full * sequences per example, ...): generate may return several for each example
         return tf.nest.map_structure(lambda x: x.numpy()[: x.shape[0] * size // full], generated)
