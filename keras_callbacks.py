@@ -702,7 +702,8 @@ def _labels_of(element: Any, label_cols: list[str] | None) -> Any:
         parts = [part for part in (inputs, labels) if isinstance(part, Mapping)]
         columns = {name: part[name] for part in parts for name in part}  # labels before inputs
         labels = {name: columns[name] for name in label_cols} or None
-    if () in [getattr(leaf, "shape", None) for leaf in tf.nest.flatten(labels)]:
+    shapes = [leaf.shape for leaf in tf.nest.flatten(labels) if hasattr(leaf, "shape")]
+    if 0 in [shape.rank for shape in shapes]:
         raise ValueError("eval_dataset must be batched: its labels are of shape (). Add .batch(n).")
     return labels
 
