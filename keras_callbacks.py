@@ -593,8 +593,8 @@ def load_repo_checkpoint(
         raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
     here = _variables_of(model)
     optimizer: Any = getattr(model, "optimizer", None)
-    is_unlike = {*there} != {*here} and hasattr(optimizer, "build")
-    if is_unlike and all(text.startswith("optimizer ") for text in {*there} ^ {*here}):
+    unlike = {*there} ^ {*here}
+    if unlike and hasattr(optimizer, "build") and all(x.startswith("optimizer ") for x in unlike):
         with _kind_of(model).strategy.scope():  # it may have no state yet
             optimizer.build(model.trainable_variables)
         here = _variables_of(model)
@@ -935,6 +935,9 @@ def _compile_with_xla(generate: Callable[[Any], Any]) -> Callable[[Any], Any]:
     is filled up to the largest batch of its width so far by repeating its last row; the surplus
     rows are dropped.
     """
+    # Tracing a small T5 takes 9 s with AutoGraph and 0.7 s without (transformers 4.57). GPT2 and
+    # Whisper, where Python's `if` and `while` decide on tensors, fail at once without.
+    ways = [tf.function(generate, jit_compile=True, autograph=each) for each in (False, True)]
     compiled: dict[Any, tuple[int, Any]] = {}  # the largest batch so far and its graph, by width
 
     def generate_filled(columns: dict[str, Any]) -> Any:
@@ -945,13 +948,11 @@ def _compile_with_xla(generate: Callable[[Any], Any]) -> Callable[[Any], Any]:
             rows = np.minimum(np.arange(full), size - 1)  # the last one repeated
             columns = {name: tf.gather(part, rows) for name, part in columns.items()}
         elif size > full:
-            # Tracing a small T5 takes 9 s with AutoGraph and 0.7 s without (transformers 4.57).
-            # GPT2 and Whisper, where Python's `if` decides on tensors, fail at once without.
-            way = functools.partial(tf.function, generate, jit_compile=True)
             try:
-                graph = way(autograph=False).get_concrete_function(columns)
+                graph = ways[0].get_concrete_function(columns)
             except TypeError:
-                graph = way(autograph=True).get_concrete_function(columns)
+                ways[0] = ways[1]
+                graph = ways[0].get_concrete_function(columns)
             full = size
             compiled[width] = full, graph
         generated = graph(columns)
